@@ -1,0 +1,38 @@
+# The two commands: `make demo` runs the whole pipeline on the embedded default, `make test` the whole suite.
+
+PYTHON ?= python3
+BIN    := .venv/bin
+
+.PHONY: venv demo test check benchmark clean
+
+venv: .venv/installed
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+# The flow starts further processes by the name `python`: they must find the environment's.
+demo: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python flows/a2d_flow.py run --objective bd3lm
+
+test: .venv/installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+benchmark: .venv/installed
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf .venv .metaflow mlruns mlflow.db .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,214 @@
+"""What the commands of the command line do: resolve the recipe, look before they work, run a stage, tell what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from a2d_core import presets, tracking
+from a2d_core.config import STAGES, ConvertConfig, Recipe, TrackingConfig, UserError, build, parse_override, require, to_dict
+from a2d_core.follow import Follower
+from a2d_core.stages import checks
+
+USES = {
+    "convert": ("convert",),
+    "pretrain": ("pretrain",),
+    "sft": ("sft",),
+    "sample": ("sample",),
+    "chat": ("sample",),
+    "evaluate": ("evaluate", "sample"),
+}
+"""Command -> the stages whose fields it takes; a field without its stage belongs to the first."""
+UNREAD = {
+    "chat": {"sample.prompts": "type the prompt", "sample.chat": "use --raw", "sample.batch_size": "a chat has one prompt at a time"},
+    "evaluate": {"sample.prompts": "the tasks bring their own", "evaluate.baseline": "use --baseline DIR"},
+}
+"""Command -> the fields of its stages that it does not read, and why; `enabled` is one for every command."""
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Make a diffusion checkpoint."""
+    recipe = _resolve(args, args.objective, [_option("convert.model", args.model)])
+    with _work(args, recipe, inputs=(recipe.convert.model,)) as output_dir:
+        from a2d_core.stages import convert as stage
+
+        result = stage.run(recipe.convert, recipe.objective, output_dir, seed=recipe.seed)
+        if args.mlflow is not None:
+            tracking.log_numbers(result)
+    _tell(result)
+    print(f"\nthe checkpoint is {output_dir}: train it with  python -m a2d_core sft --model {output_dir} --output-dir DIR")
+
+
+def train(args: argparse.Namespace) -> None:
+    """Pretrain or fine-tune."""
+    stage = args.command
+    recipe = _resolve_for_model(args, [_option(f"{stage}.dataset", args.dataset)])
+    config, processes = getattr(recipe, stage), args.processes or recipe.compute.train.processes
+    resume_from = checks.newest_checkpoint(args.output_dir) if args.resume else None
+    with _work(args, recipe, inputs=(args.model, config.dataset)) as output_dir:
+        from a2d_core.stages import pretrain, sft
+
+        run = {"pretrain": pretrain.run, "sft": sft.run}[stage]
+        result = run(config, args.model, output_dir, seed=recipe.seed, processes=processes, resume_from=resume_from)
+        if args.mlflow is not None:
+            tracking.log_numbers(result)
+    _tell(result)
+    print(f"\nthe checkpoint is {output_dir}/checkpoint-final: try it with  python -m a2d_core chat --model {output_dir}/checkpoint-final")
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Generate, and print what came."""
+    prompts = _read_prompts(args.prompts) if args.prompts else args.prompt
+    recipe = _resolve_for_model(args, [_option("sample.prompts", prompts)])
+    with _work(args, recipe, inputs=(args.model, args.prompts)) as output_dir:
+        from a2d_core.stages import sample as stage
+
+        result = stage.run(recipe.sample, args.model, output_dir, seed=recipe.seed)
+        if args.mlflow is not None:
+            tracking.log_samples(result["samples"])
+    for row in result["samples"]:
+        print(row["prompt"], f"  {row['completion']}", sep="\n")
+        print(f"  ({row['new_tokens']} tokens, {row['nfe']:g} evaluations, {row['tokens_per_second']:.0f} tokens/s)\n")
+    print(f"all of it is in {output_dir}/samples.jsonl")
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Talk to a model."""
+    recipe = _resolve_for_model(args, [])
+    from a2d_core import chat as terminal
+
+    with checks.memory_advice("sample", recipe.sample):
+        terminal.run(recipe.sample, args.model, raw=args.raw, forget=args.forget, seed=recipe.seed)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Score, and print the table."""
+    tasks = args.tasks.split(",") if args.tasks else None
+    options = [_option("evaluate.tasks", tasks), f"evaluate.text_dataset={args.dataset}" if args.dataset else None]
+    recipe = _resolve_for_model(args, options)
+    with _work(args, recipe, inputs=(args.model, args.baseline, args.source)) as output_dir:
+        from a2d_core.stages import evaluate as stage
+
+        result = stage.run(
+            recipe.evaluate, recipe.sample, args.model, output_dir, seed=recipe.seed, baseline_dir=args.baseline, source_dir=args.source
+        )
+        if args.mlflow is not None:
+            tracking.log_evaluation(result, output_dir)
+    for row in result["tasks"]:
+        aside = "".join(f", {name} {row[name]:.3f}" for name in ("chance", "baseline") if row[name] is not None)
+        print(f"{row['task']:<24} {row['metric']:<14} {row['value']:.3f} ± {row['stderr'] or 0:.3f} ({row['documents']} documents{aside})")
+    if result["text"]:
+        _tell(result["text"])
+    print(f"\nall of it is in {output_dir}/results.json")
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Print a resolved recipe, which `--preset FILE.json` reads back."""
+    recipe = to_dict(presets.resolve(presets.read(args.preset), args.objective, args.overrides, args.seed))
+    print(json.dumps({key: value for key, value in recipe.items() if key != "objective"}, indent=2))
+
+
+def list_presets(args: argparse.Namespace) -> None:
+    """List the presets."""
+    for name in presets.names():
+        print(f"{name:<18} {textwrap.fill(presets.summary(name), 100, subsequent_indent=' ' * 19)}")
+
+
+# --- what they share ------------------------------------------------------------------------------
+
+
+def _option(field: str, value: Any) -> str | None:
+    """An option of the command line as an override, which `--set` may override in turn."""
+    return None if value is None else f"{field}={json.dumps(value)}"
+
+
+def _resolve(args: argparse.Namespace, objective: str, options: Sequence[str | None], block_size: int | None = None) -> Recipe:
+    """The recipe of this command: the preset's tables for the stages that it runs, the other stages switched off."""
+    overrides = [*filter(None, options), *(_complete(text, args.command) for text in args.overrides)]
+    values = presets.flatten(presets.read(args.preset), objective, overrides, args.seed)
+    if args.command != "convert":
+        values["convert"] = {} if block_size is None else {"block_size": block_size}
+    block_size = build(ConvertConfig, values.get("convert", {}), "convert").block_size
+    for stage in STAGES[1:]:
+        if stage not in USES[args.command]:
+            values[stage] = {"enabled": False}
+            if stage in ("pretrain", "sft"):
+                values[stage]["max_length"] = 2 * block_size  # it is not run, but a recipe checks that its rows hold whole blocks
+    return build(Recipe, values)
+
+
+def _complete(text: str, command: str) -> str:
+    """`field=value` with its stage in front; a field that this command does not read is refused."""
+    uses, (path, _) = USES[command], parse_override(text)
+    text = text if len(path) > 1 else f"{uses[0]}.{text.strip()}"
+    stage, field = parse_override(text)[0][:2]
+    require(stage in uses, f"--set {text}: this command reads the fields of {' and '.join(uses)}, not of '{stage}'")
+    unread = {**UNREAD.get(command, {}), f"{stage}.enabled": "the command itself says what runs"}
+    require(
+        f"{stage}.{field}" not in unread, f"--set {text}: this command does not read {stage}.{field} ({unread.get(f'{stage}.{field}')})"
+    )
+    return text
+
+
+def _resolve_for_model(args: argparse.Namespace, options: Sequence[str | None]) -> Recipe:
+    """The recipe for a checkpoint, whose directory tells the objective and the block size."""
+    model = Path(args.model)
+    spec = checks.read_spec(model)
+    if spec is None:
+        advice = f"convert it first: python -m a2d_core convert --model {model} --output-dir DIR"
+        require(not model.is_dir(), f"'{model}' is not a diffusion checkpoint (no 'a2d' entry in its config.json): {advice}")
+        require(
+            bool(args.objective), f"there is no directory '{model}': give a checkpoint directory; for a model on the Hub, add --objective"
+        )
+        return _resolve(args, args.objective, options)
+    objective = spec["objective"]
+    require(
+        args.objective in (None, objective),
+        f"--objective {args.objective}: '{model}' is a checkpoint for {objective}, so leave the option out",
+    )
+    return _resolve(args, objective, options, spec["block_size"])
+
+
+@contextmanager
+def _work(args: argparse.Namespace, recipe: Recipe, inputs: tuple[str | Path | None, ...]) -> Iterator[Path]:
+    """Around the work of a stage: the output directory, advice when memory is full, and MLflow where it was asked for."""
+    stage = args.command
+    if args.mlflow is not None:
+        uri = tracking.default_uri(TrackingConfig(uri=args.mlflow or None))
+        tracking.check_server(uri)
+    output_dir = checks.output_directory(args.output_dir, resume=args.resume, overwrite=args.overwrite, inputs=tuple(filter(None, inputs)))
+    with checks.memory_advice(stage, getattr(recipe, stage)):
+        if args.mlflow is None:
+            yield output_dir
+            return
+        parent = tracking.start_parent(recipe, name=f"{stage} {output_dir.name}")
+        with (
+            tracking.stage_run(parent, stage, params=to_dict(getattr(recipe, stage))) as run_id,
+            Follower(output_dir, log=tracking.MetricLog(run_id)),
+        ):
+            yield output_dir
+        tracking.finish(parent)
+
+
+def _read_prompts(path: Path) -> list[str]:
+    require(path.is_file(), f"there is no prompt file '{path}'")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix == ".jsonl":
+        try:
+            rows = [json.loads(line) for line in lines]
+            lines = [row if isinstance(row, str) else row["prompt"] for row in rows]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: each line must be a JSON text or an object with the key 'prompt' ({error})") from None
+    require(bool(lines), f"'{path}' holds no prompts: write one a line")
+    return lines
+
+
+def _tell(result: dict[str, Any]) -> None:
+    width = max(map(len, result), default=0)
+    for name, value in result.items():
+        print(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")

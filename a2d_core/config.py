@@ -1,0 +1,454 @@
+"""The configuration of every stage: frozen dataclasses, checked when they are made.
+
+A recipe is one `Recipe`: a part for each stage, and the compute profile. Recipes come from the
+TOML presets (`a2d_core.presets`); a field is changed with `dataclasses.replace`, or with
+`stage.field=value` on a command line, and a misspelt field raises. The string under a field is
+its meaning: `describe` reads it for `--help` and for the docs.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import textwrap
+import types
+import typing
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar
+
+OBJECTIVES = ("mdlm", "bd3lm")
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: the message names the value that was given and the remedy."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def check_objective(objective: str) -> str:
+    """Return `objective`, or raise `UserError` where it is not one of `OBJECTIVES`."""
+    require(objective in OBJECTIVES, f"unknown objective '{objective}': choose one of {', '.join(OBJECTIVES)}")
+    return objective
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """How an autoregressive checkpoint becomes a diffusion checkpoint."""
+
+    model: str = "embedded"
+    """Hugging Face directory or Hub id of the autoregressive model; `embedded` trains the tiny one."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+    block_size: int = 32
+    """Tokens per block of a bd3lm checkpoint (mdlm has one block: the whole sequence)."""
+    right_shift: bool = False
+    """Keep the autoregressive shift: the logit at position i predicts token i+1 (mdlm only)."""
+    mask_token: str = "<|mask|>"
+    """Text of the mask token, used where the tokenizer has none of its own."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the saved weights; `auto` keeps that of the source."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a Hub model."""
+
+    def __post_init__(self) -> None:
+        require(self.block_size >= 1, f"convert.block_size must be at least 1, not {self.block_size}")
+        require(bool(self.mask_token), "convert.mask_token must not be empty: give the token's text, such as <|mask|>")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run of training: pretraining on text, or supervised fine-tuning (SFT) on conversations."""
+
+    enabled: bool = True
+    """Run this stage; when false, its input checkpoint is passed on unchanged."""
+    dataset: str = "embedded:corpus"
+    """Hub id, file, directory, or `embedded:corpus` / `embedded:tasks`."""
+    dataset_config: str | None = None
+    """Configuration (subset) name of a Hub data set."""
+    train_split: str = "train"
+    """Split to train on."""
+    eval_split: str | None = None
+    """Split to evaluate on; without it `eval_fraction` of the training split is held out."""
+    eval_fraction: float = 0.05
+    """Fraction of the training split that is held out when there is no `eval_split`."""
+    max_eval_rows: int = 512
+    """At most so many held-out rows are scored at each evaluation."""
+    text_field: str = "text"
+    """Column with the text (pretraining)."""
+    messages_field: str = "messages"
+    """Column with the list of {role, content} messages (SFT)."""
+    prompt_field: str | None = None
+    """Column with the prompt, for SFT data in two columns instead of messages."""
+    response_field: str | None = None
+    """Column with the response, for SFT data in two columns instead of messages."""
+    max_length: int = 512
+    """Tokens per row: text is cut into rows of this length, longer conversations are dropped."""
+    insert_eos: bool = True
+    """Put the end-of-sequence token between documents (pretraining)."""
+    epochs: float = 1.0
+    """Passes over the training rows; `max_steps` wins where it is set."""
+    max_steps: int = -1
+    """Optimizer steps; -1 takes `epochs` instead."""
+    batch_size: int = 16
+    """Rows per process and micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Shape of the learning rate over training."""
+    warmup_ratio: float = 0.1
+    """Fraction of the steps over which the learning rate rises."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm where it is larger."""
+    adam_beta2: float = 0.999
+    """Second-moment decay of AdamW."""
+    views: int = 1
+    """Noised views of each row per step; bd3lm computes the clean stream once for all of them."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Noise schedule alpha(t)."""
+    t_draws: Literal["stratified", "iid", "per_sequence"] = "stratified"
+    """How diffusion times are drawn: stratified over rows and blocks, independent, or one per row."""
+    t_min: float = 1e-3
+    """Smallest diffusion time (the usual eps)."""
+    t_max: float = 1.0
+    """Largest diffusion time; a loss clipped away from [eps, 1] is not a NELBO."""
+    weighting: Literal["nelbo", "uniform"] = "nelbo"
+    """Weight of a masked token: w(t) of the NELBO, or 1."""
+    predict_mask_token: bool = False
+    """Leave the mask token's logit in the training softmax, as the published recipes do."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute precision; `auto` is bfloat16 where the hardware multiplies it natively. Master weights stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    eval_every: float = 0.1
+    """Evaluate after this fraction of the steps (1 or more: after so many steps)."""
+    save_every: float = 0.1
+    """Save a checkpoint after this fraction of the steps (1 or more: after so many steps)."""
+    keep_checkpoints: int = 2
+    """Training checkpoints kept; older ones are deleted."""
+    log_every: int = 10
+    """Optimizer steps between two logged losses."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "batch_size", "gradient_accumulation_steps", "views", "keep_checkpoints", "log_every", "max_eval_rows"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        require(self.max_length >= 2, f"max_length must be at least 2, not {self.max_length}")
+        require(self.max_steps == -1 or self.max_steps >= 1, f"max_steps must be -1 (use epochs) or at least 1, not {self.max_steps}")
+        require(self.epochs > 0, f"epochs must be above 0, not {self.epochs}")
+        require(self.learning_rate > 0, f"learning_rate must be above 0, not {self.learning_rate}")
+        require(0 <= self.warmup_ratio < 1, f"warmup_ratio must lie in [0, 1), not {self.warmup_ratio}")
+        require(0 < self.eval_fraction < 1, f"eval_fraction must lie in (0, 1), not {self.eval_fraction}")
+        require(0 < self.t_min < self.t_max <= 1, f"0 < t_min < t_max <= 1 must hold, not t_min={self.t_min}, t_max={self.t_max}")
+        for name in ("eval_every", "save_every"):
+            require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
+        require(
+            (self.prompt_field is None) == (self.response_field is None),
+            f"prompt_field and response_field go together, not prompt_field={self.prompt_field}, response_field={self.response_field}",
+        )
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How text is generated, and from which prompts."""
+
+    enabled: bool = True
+    """Run this stage."""
+    prompts: tuple[str, ...] = ("Tell me about the sea.", "Write a haiku about autumn.")
+    """Prompts of the sample step."""
+    chat: bool = True
+    """Put each prompt through the tokenizer's chat template as a user's message."""
+    max_new_tokens: int = 128
+    """Tokens to generate after the prompt, at most."""
+    steps_per_block: int | None = None
+    """Network evaluations per block with a fixed number of tokens each; None reveals one token at a time."""
+    block_size: int | None = None
+    """mdlm: fill the canvas in blocks of this many tokens, left to right; None is one block. bd3lm: the checkpoint's own."""
+    policy: Literal["confidence", "random"] = "confidence"
+    """Which masked positions are revealed first."""
+    threshold: float | None = None
+    """Also reveal every token whose probability reaches this; at least one token per evaluation is revealed."""
+    temperature: float = 0.0
+    """0 is greedy; above it, tokens are drawn from softmax(logits / temperature)."""
+    top_p: float = 1.0
+    """Keep the most probable tokens that make up this much of the probability."""
+    batch_size: int = 32
+    """Prompts that are generated at once."""
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        require(self.steps_per_block is None or self.steps_per_block >= 1, f"steps_per_block must be at least 1, not {self.steps_per_block}")
+        require(self.block_size is None or self.block_size >= 1, f"block_size must be at least 1, not {self.block_size}")
+        require(self.threshold is None or 0 < self.threshold <= 1, f"threshold must lie in (0, 1], not {self.threshold}")
+        require(self.temperature >= 0, f"temperature must be 0 or more, not {self.temperature}")
+        require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
+        require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Which tasks and texts a checkpoint is scored on."""
+
+    enabled: bool = True
+    """Run this stage."""
+    tasks: tuple[str, ...] = ("a2d_words",)
+    """lm-evaluation-harness task or group names; `a2d_words` is the embedded set."""
+    task_dirs: tuple[str, ...] = ()
+    """Directories with further lm-eval task files."""
+    limit: int | None = None
+    """Score only so many documents of each task."""
+    num_fewshot: int | None = None
+    """Examples before each question; None keeps the task's own number."""
+    apply_chat_template: bool = True
+    """Put each question through the tokenizer's chat template."""
+    batch_size: int = 128
+    """Requests scored at once."""
+    baseline: bool = True
+    """Score the converted but untrained model too, for comparison."""
+    text_dataset: str | None = "embedded:corpus"
+    """Held-out text for the NELBO per token (as TrainConfig.dataset); None skips it."""
+    text_field: str = "text"
+    """Column with the text of `text_dataset`."""
+    text_length: int = 128
+    """Tokens per scored row of text."""
+    text_rows: int = 128
+    """Rows of text that are scored."""
+    nelbo_samples: int = 8
+    """Noise draws per row of the NELBO estimate."""
+    code_execution: bool = False
+    """Run the code that a model writes (HumanEval, MBPP)."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "text_rows", "nelbo_samples"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        require(self.text_length >= 2, f"text_length must be at least 2, not {self.text_length}")
+        require(self.limit is None or self.limit >= 1, f"limit must be at least 1, not {self.limit}")
+
+
+@dataclass(frozen=True)
+class RegisterConfig:
+    """How the finished model enters the MLflow model registry."""
+
+    enabled: bool = True
+    """Run this stage."""
+    name: str = "a2d-{preset}-{objective}"
+    """Name of the registered model."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where MLflow lives."""
+
+    uri: str | None = None
+    """MLflow tracking URI; None takes MLFLOW_TRACKING_URI, or else a local sqlite database."""
+    experiment: str = "a2d"
+    """MLflow experiment."""
+
+
+@dataclass(frozen=True)
+class StepCompute:
+    """What one step of the flow asks of the machine it runs on."""
+
+    gpu: int = 0
+    """GPUs."""
+    cpu: int = 1
+    """CPU cores."""
+    memory_mb: int = 4096
+    """Memory in MiB."""
+    shared_memory_mb: int | None = None
+    """Shared memory in MiB, which data loaders and NCCL use; None keeps the platform's default."""
+    processes: int = 1
+    """Training processes on the node: one per GPU."""
+    retries: int = 0
+    """How often a failed step is tried again."""
+    minutes_between_retries: int = 2
+    """Pause before a retry."""
+    timeout_minutes: int = 60
+    """Time limit of the step."""
+
+    def __post_init__(self) -> None:
+        for name in ("cpu", "memory_mb", "processes", "timeout_minutes"):
+            require(getattr(self, name) >= 1, f"compute {name} must be at least 1, not {getattr(self, name)}")
+        for name in ("gpu", "retries", "minutes_between_retries"):
+            require(getattr(self, name) >= 0, f"compute {name} must be 0 or more, not {getattr(self, name)}")
+        require(
+            self.gpu == 0 or self.processes <= self.gpu,
+            f"compute asks for {self.processes} processes on {self.gpu} GPUs: give each process a GPU of its own",
+        )
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """The compute profile: where the steps run, and with what."""
+
+    platform: Literal["local", "kubernetes", "batch"] = "local"
+    """Run steps on this machine, on Kubernetes, or on AWS Batch."""
+    image: str | None = None
+    """Container image of remote steps."""
+    namespace: str | None = None
+    """Kubernetes namespace."""
+    service_account: str | None = None
+    """Kubernetes service account."""
+    node_selector: dict[str, str] = field(default_factory=dict)
+    """Kubernetes node labels that a GPU step needs."""
+    queue: str | None = None
+    """AWS Batch job queue."""
+    secrets: tuple[str, ...] = ()
+    """Names of Kubernetes secrets that become environment variables, such as one with HF_TOKEN."""
+    convert: StepCompute = StepCompute()
+    """Resources of the convert step."""
+    train: StepCompute = StepCompute()
+    """Resources of the pretrain and sft steps."""
+    generate: StepCompute = StepCompute()
+    """Resources of the sample and evaluate steps."""
+    register: StepCompute = StepCompute()
+    """Resources of the register step."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.platform == "local" or bool(self.image) or self.platform == "batch",
+            f"compute.platform={self.platform} needs compute.image: the container image with a2d_core installed",
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that one run of the pipeline needs to know."""
+
+    name: str
+    """Name of the preset it came from."""
+    objective: str
+    """mdlm (masked diffusion) or bd3lm (block diffusion)."""
+    seed: int = 0
+    """Seed of everything random."""
+    convert: ConvertConfig = ConvertConfig()
+    pretrain: TrainConfig = TrainConfig()
+    sft: TrainConfig = TrainConfig(dataset="embedded:tasks")
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    register: RegisterConfig = RegisterConfig()
+    compute: ComputeConfig = ComputeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def __post_init__(self) -> None:
+        check_objective(self.objective)
+        require(
+            not (self.objective == "bd3lm" and self.convert.right_shift),
+            "convert.right_shift=true does not fit bd3lm: a block's first token would be read from a noised block in "
+            "training and from a clean one in sampling; use --objective mdlm, or leave the shift out",
+        )
+        if self.objective == "bd3lm":
+            for stage in ("pretrain", "sft"):
+                length = getattr(self, stage).max_length
+                require(
+                    length % self.convert.block_size == 0,
+                    f"{stage}.max_length={length} is not a multiple of convert.block_size={self.convert.block_size}: "
+                    f"use {max(1, length // self.convert.block_size) * self.convert.block_size}",
+                )
+
+
+STAGES = ("convert", "pretrain", "sft", "sample", "evaluate", "register")
+
+
+def build(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Make a configuration dataclass from nested plain values (TOML, JSON), checking names and types.
+
+    Raises `UserError` that names the field, the value, and what would be right.
+    """
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    made = {}
+    for name, value in values.items():
+        path = f"{where}.{name}" if where else name
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(known)}"
+            raise UserError(f"unknown field '{path}': {hint}")
+        made[name] = _coerce(hints[name], value, path)
+    try:
+        return cls(**made)
+    except UserError as error:
+        raise UserError(f"{where}: {error}" if where and not str(error).startswith(where) else str(error)) from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain, JSON-serialisable form of a configuration; `build` reads it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """Split `stage.field=value` into its path and value; values are JSON where they parse as such, else text."""
+    path, equals, value = text.partition("=")
+    require(bool(equals) and bool(path.strip()), f"override '{text}' is not of the form stage.field=value, such as sft.max_steps=100")
+    return path.strip().split("."), _literal(value.strip())
+
+
+def apply_overrides(values: dict[str, Any], overrides: typing.Iterable[str]) -> dict[str, Any]:
+    """Return a copy of nested plain values with each `stage.field=value` applied; `build` then checks the names."""
+    merged = json.loads(json.dumps(values))
+    for text in overrides:
+        path, value = parse_override(text)
+        node = merged
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+            require(isinstance(node, dict), f"override '{text}': '{key}' is a field, not a stage")
+        node[path[-1]] = value
+    return merged
+
+
+def describe(cls: type) -> dict[str, str]:
+    """Field name -> the one-line meaning that stands under it in the source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    meanings = {}
+    for statement, following in zip(body, body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            meanings[statement.target.id] = str(following.value.value)  # type: ignore[union-attr]
+    return meanings
+
+
+def _literal(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _coerce(hint: Any, value: Any, path: str) -> Any:
+    """Check `value` against a type hint of this file, turning lists into tuples and ints into floats."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        require(isinstance(value, dict), f"{path} is a group of fields, not {value!r}: set {path}.FIELD=VALUE")
+        return build(typing.cast(type, hint), value, path)
+    if origin is Literal:
+        require(value in args, f"{path}={value!r} is not one of {', '.join(map(str, args))}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(next(a for a in args if a is not type(None)), value, path)
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        require(isinstance(items, (list, tuple)), f"{path}={value!r} must be a list")
+        return tuple(_coerce(args[0], item, path) for item in items)
+    if origin is dict:
+        require(isinstance(value, dict), f"{path}={value!r} must be a table of names and values")
+        return dict(value)
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), f"{path}={value!r} must be of type {hint.__name__}")
+    return value

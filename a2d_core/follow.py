@@ -1,0 +1,189 @@
+"""Following a training stage from outside: what it logs goes to tracking and the card, its checkpoints to the store.
+
+The stage knows nothing of all that: it appends rows to `metrics.jsonl` and writes `checkpoint-N`
+directories, and a `Follower` watches both while it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from a2d_core.config import UserError
+
+Row = dict[str, Any]
+"""One line of `metrics.jsonl`: `step`, `max_steps`, and the numbers that belong to the step."""
+
+
+class Log(Protocol):
+    """Where rows are sent: `tracking.MetricLog`."""
+
+    def add(self, rows: list[Row]) -> None:
+        """Take rows, to be sent."""
+
+    def send(self) -> int:
+        """Send what waits; on an error, keep it."""
+
+
+class Follower:
+    """Watches a training stage while it runs.
+
+        with Follower(output_dir, log=MetricLog(run_id), on_rows=card.update, on_checkpoint=keep):
+            sft.run(config, model_dir, output_dir)
+
+    A thread looks every `interval` seconds, and once more when the body has ended. `on_rows` gets all
+    rows so far, `on_checkpoint` the step of a complete new checkpoint and a directory of hard links to
+    it, which the trainer's own clean-up does not touch. Training neither waits nor fails for any of
+    this: while the log does not take rows, they wait, at the end for up to `patience` seconds; what
+    raises is not done again, and its error is raised once the body has ended well.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        log: Log,
+        on_rows: Callable[[list[Row]], None] | None = None,
+        on_checkpoint: Callable[[int, Path], None] | None = None,
+        interval: float = 1.0,
+        patience: float = 60.0,
+    ) -> None:
+        self.rows: list[Row] = []
+        self.errors: list[Exception] = []
+        self._output_dir, self._log, self._interval, self._patience = Path(output_dir), log, interval, patience
+        self._on_rows, self._on_checkpoint = on_rows, on_checkpoint
+        self._offset, self._last, self._shown, self._kept = 0, b"", 0, 0
+        self._refused: Exception | None = None
+        self._refusals, self._next_try = 0, 0.0
+        self._jobs = [self._read, self._show, self._keep, self._send]
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="follower", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+        deadline = time.monotonic() + (self._patience if kind is None else 0)
+        self._look(final=True)
+        while self._refused and time.monotonic() < deadline:
+            time.sleep(self._interval)
+            self._look(final=True)
+        if kind is not None:
+            return
+        if self._refused:
+            raise UserError(
+                f"training is done, but MLflow does not take the last metrics ({_first_line(self._refused)}): "
+                "start it again, then resume this run, which goes on from its last checkpoint"
+            ) from self._refused
+        if self.errors:
+            raise self.errors[0]
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._interval):
+            self._look()
+
+    def _look(self, final: bool = False) -> None:
+        """Do each job once; one that raises is given up."""
+        if final:
+            self._next_try = 0.0
+        for job in list(self._jobs):
+            try:
+                job()
+            except Exception as error:
+                self._jobs.remove(job)
+                self.errors.append(error)
+                _say(f"{type(error).__name__}: {_first_line(error)}; training goes on, and the step fails when it is done")
+
+    def _read(self) -> None:
+        """Take in the rows that are new and complete."""
+        path = self._output_dir / "metrics.jsonl"
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            file.seek(self._offset - len(self._last))
+            text = file.read()
+            if not text.startswith(self._last):  # a resumed training began the file anew
+                self.rows, self._offset, self._last = [], 0, b""
+                file.seek(0)
+                text = file.read()
+        whole = text[len(self._last) : text.rfind(b"\n") + 1]  # the last line may be half written
+        if not whole:
+            return
+        lines = whole.splitlines(keepends=True)
+        self._offset, self._last = self._offset + len(whole), lines[-1]
+        new = [json.loads(line) for line in lines]
+        self.rows += new
+        self._log.add(new)
+
+    def _show(self) -> None:
+        if self._on_rows and len(self.rows) != self._shown:
+            self._shown = len(self.rows)
+            self._on_rows(self.rows)
+
+    def _keep(self) -> None:
+        """Hand over the newest complete checkpoint, where it is new."""
+        found = {int(path.name.removeprefix("checkpoint-")): path for path in self._output_dir.glob("checkpoint-*[0-9]")}
+        step = max((step for step, path in found.items() if step > self._kept and _is_complete(path)), default=None)
+        if self._on_checkpoint is None or step is None:
+            return
+        with tempfile.TemporaryDirectory(prefix="keep-", dir=self._output_dir.parent) as room:
+            copy = Path(room) / found[step].name
+            try:
+                shutil.copytree(found[step], copy, copy_function=_link)
+            except (FileNotFoundError, shutil.Error):
+                if found[step].exists():
+                    raise
+                return  # the trainer has deleted it meanwhile, so there is a newer one to come
+            self._on_checkpoint(step, copy)
+        self._kept = step
+
+    def _send(self) -> None:
+        if time.monotonic() < self._next_try:
+            return
+        try:
+            sent = self._log.send()
+        except Exception as error:  # whatever it is: it is tried again, and raised at the end where it lasts
+            if not self._refused:
+                _say(f"MLflow does not take metrics ({_first_line(error)}); training goes on, and they are sent later")
+            self._refused, self._refusals = error, self._refusals + 1
+            self._next_try = time.monotonic() + min(30.0, self._interval * 2**self._refusals)
+        else:
+            if self._refused:
+                _say(f"MLflow answers again: {sent} numbers were sent")
+            self._refused, self._refusals = None, 0
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether `trainer_state.json`, the file that is written last, is there and whole."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _say(message: str) -> None:
+    print(f"[follower] {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,231 @@
+"""Run a function in this process, or in several that train together.
+
+`run("package.module:function", kwargs, processes=N)` calls the function with JSON-serialisable
+keyword arguments and returns its JSON-serialisable result. One process: here, in place, so that a
+debugger works. Several: one agent (`torch.distributed.run`) starts N workers on this machine, which
+meet on the loopback interface; each calls the function inside an initialised process group, and
+the result of rank 0 comes back through a file.
+
+What comes back from a failure is the failing rank's own message: a `UserError` as a `UserError`,
+anything else as a `WorkerError` with the traceback. SIGTERM and Ctrl-C reach the workers, and
+nothing survives its parent, however that one ends. Nothing heavy is imported in the caller.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from a2d_core.config import UserError, require
+
+POLL_SECONDS = 0.5  # how often a child looks whether its parent is still there
+STOP_SECONDS = 45  # an agent that was told to stop gives its workers 30 seconds
+
+
+class WorkerError(RuntimeError):
+    """A worker failed: `rank` is its rank, `kind` the name of its exception (or of the signal that ended it)."""
+
+    def __init__(self, message: str, *, rank: int, kind: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.kind = kind
+
+
+def run(target: str, kwargs: dict[str, Any], *, processes: int) -> Any:
+    """Call `target` ("package.module:function") with `kwargs` in `processes` processes; return the result (of rank 0).
+
+    Raises what the function raises (one process), or `UserError` and `WorkerError` as told at the
+    top of this file; `UserError` too where fewer GPUs than processes are visible.
+    """
+    require(processes >= 1, f"processes must be at least 1, not {processes}")
+    kwargs = json.loads(json.dumps(kwargs))  # the same values arrive, whatever the number of processes
+    if processes == 1:
+        return _find(target)(**kwargs)
+    with tempfile.TemporaryDirectory(prefix="a2d-launch-") as name:
+        folder = Path(name)
+        _write(folder / "call.json", {"target": target, "kwargs": kwargs, "processes": processes})
+        command = [sys.executable, "-m", "a2d_core.launch", "agent", name, str(os.getpid())]
+        code, terminated = _wait(lambda: subprocess.Popen(command, env=environment(processes)))
+        if not terminated:
+            return _outcome(folder, code)
+    os.kill(os.getpid(), signal.SIGTERM)  # the workers are gone; now this process answers the signal in its own way
+    raise WorkerError(f"training was stopped by SIGTERM on {processes} processes", rank=0, kind="SIGTERM")
+
+
+def environment(processes: int) -> dict[str, str]:
+    """This process's environment for `processes` children: shared-out threads that do not spin, loopback, and this package."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    budget = int(threads) if threads.isdecimal() else _cores()
+    package = str(Path(__file__).resolve().parents[1])
+    made = os.environ | {
+        "OMP_NUM_THREADS": str(max(1, budget // processes)),
+        "GOMP_SPINCOUNT": "0",  # libgomp's spinning threads slow their neighbours twenty-fold
+        "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
+    }
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    if loopback:
+        made.setdefault("GLOO_SOCKET_IFNAME", loopback)  # else gloo wants a host name that resolves
+    return made
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _find(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _wait(start: Callable[[], subprocess.Popen[bytes]]) -> tuple[int, bool]:
+    """Start a child and wait for it, passing SIGTERM on; returns its exit code and whether SIGTERM came."""
+    children: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        received.append(number)
+        for child in children:
+            child.terminate()
+
+    handles = threading.current_thread() is threading.main_thread()  # Python takes signals there alone
+    previous = signal.signal(signal.SIGTERM, pass_on) if handles else None
+    try:
+        children.append(start())
+        if received:  # it came while the child was being started
+            children[0].terminate()
+        return children[0].wait(), bool(received)
+    finally:
+        if children and children[0].poll() is None:  # an exception passes through, such as KeyboardInterrupt
+            _stop(children[0])
+        if handles:
+            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    child.terminate()
+    try:
+        child.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def _outcome(folder: Path, code: int) -> Any:
+    """The result that rank 0 wrote, or the exception for what failed first."""
+    errors = {error["rank"]: error for error in map(_read, folder.glob("error-*.json"))}
+    ended = _read(folder / "agent.json") if (folder / "agent.json").exists() else {}
+    for rank, how in ended.items():
+        if int(rank) not in errors:  # its peers, who notice and complain, do leave messages
+            advice = "; SIGKILL often means that the machine ran out of memory" if how == "SIGKILL" else ""
+            raise WorkerError(f"rank {rank} ended without a message ({how}){advice}", rank=int(rank), kind=how)
+    if errors:
+        first = min(errors.values(), key=lambda error: error["time"])
+        if first["kind"] == "UserError":
+            raise UserError(first["message"])
+        message = f"rank {first['rank']} failed: {first['kind']}: {first['message']}\n{first['traceback']}"
+        raise WorkerError(message, rank=first["rank"], kind=first["kind"])
+    if code != 0:
+        raise WorkerError(
+            f"the processes did not start, or were stopped from outside (exit code {code}): see the output above", rank=0, kind="Exit"
+        )
+    return _read(folder / "result.json")
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either absent or whole."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value), encoding="utf-8")
+    part.replace(path)
+
+
+def _die_with(parent: int, end: Callable[[], None]) -> None:
+    """Call `end` as soon as process `parent`, which started this one, is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        end()
+
+    threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
+
+
+def _agent(folder: Path, parent: int) -> None:
+    """Start and watch over the workers: torch.distributed.run, quiet, in a process that ends with its parent."""
+    _die_with(parent, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    processes = _read(folder / "call.json")["processes"]
+    logging.disable(logging.CRITICAL)  # in the agent, not in its workers: a failure is told by the caller, once
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    where = ["--standalone", "--nnodes=1", f"--nproc-per-node={processes}", "--local-addr=127.0.0.1"]
+    try:
+        torchrun([*where, "-m", "a2d_core.launch", "worker", str(folder), str(os.getpid())])
+    except ChildFailedError as error:
+        first = min(failure.timestamp for failure in error.failures.values())
+        own = first + STOP_SECONDS / 2  # from here on the ends are the agent's own doing: SIGTERM to the others, SIGKILL 30 seconds later
+        codes = {rank: end.exitcode for rank, end in error.failures.items() if end.exitcode != -signal.SIGTERM and end.timestamp < own}
+        _write(
+            folder / "agent.json", {rank: signal.Signals(-code).name if code < 0 else f"exit code {code}" for rank, code in codes.items()}
+        )
+        sys.exit(1)
+    except SignalException as error:
+        if os.getppid() != parent:  # nobody is left to do it
+            shutil.rmtree(folder, ignore_errors=True)
+        sys.exit(128 + error.sigval)
+
+
+def _worker(folder: Path, parent: int) -> None:
+    """One of the processes: join the group, call the function, and leave the result or the error in a file."""
+    _die_with(parent, lambda: os._exit(1))
+    rank = int(os.environ["RANK"])
+    try:
+        _call(folder)
+    except Exception as error:
+        told = {"rank": rank, "time": time.time(), "kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
+        if isinstance(error, UserError):
+            told["kind"] = "UserError"
+        _write(folder / f"error-{rank}.json", told)
+        os._exit(1)  # at once: a normal exit would wait for peers that wait for this one
+
+
+def _call(folder: Path) -> None:
+    call = _read(folder / "call.json")
+    import torch
+    from accelerate import PartialState
+
+    gpus, processes = torch.cuda.device_count(), call["processes"]
+    require(gpus == 0 or gpus >= processes, f"{processes} processes need a GPU each, and {gpus} are visible: ask for {gpus} processes")
+    if gpus == 0:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # without it accelerate, and so the Trainer, makes N lone processes on a CPU
+    PartialState(cpu=gpus == 0)
+    result = _find(call["target"])(**call["kwargs"])
+    state = PartialState()  # what the function's own accelerate objects made of it
+    assert state.num_processes == processes, (
+        f"{processes} processes were asked for, and the function ran in groups of {state.num_processes}"
+    )
+    if state.is_main_process:
+        _write(folder / "result.json", result)
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    {"agent": _agent, "worker": _worker}[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,45 @@
+"""The MLflow model: this file is stored with each registered version and read again by `mlflow.pyfunc.load_model`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+
+class DiffusionLanguageModel(PythonModel):
+    """Answers prompts: a column `prompt`, one row a prompt, gives a list of texts.
+
+    The parameters of a call (max_new_tokens, threshold, temperature, block_size, steps) replace those
+    of the recipe that the model was sampled with; `steps` is the number of network evaluations per
+    block. 0 stands for "not set" in threshold, block_size and steps.
+    """
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the checkpoint."""
+        from a2d_core import models
+        from a2d_core.config import SampleConfig, build
+
+        self.config = build(SampleConfig, context.model_config["sample"], "sample")
+        self.model = models.load(context.artifacts["checkpoint"])
+
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # hints would replace the signature
+        """One answer per prompt."""
+        from a2d_core import sampling
+
+        tokenizer, given = self.model.tokenizer, dict(params or {})
+        changes = {name: given[name] for name in ("max_new_tokens", "temperature") if name in given}
+        unset = {"threshold": "threshold", "block_size": "block_size", "steps": "steps_per_block"}
+        changes |= {field: given[name] or None for name, field in unset.items() if name in given}
+        config = replace(self.config, **changes)
+        texts = [str(text) for text in (model_input["prompt"] if hasattr(model_input, "columns") else model_input)]
+        if config.chat:
+            turns = [[{"role": "user", "content": text}] for text in texts]
+            prompts = [list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)) for turn in turns]
+        else:
+            prompts = [list(tokenizer(text)["input_ids"]) for text in texts]
+        return [tokenizer.decode(g.tokens, skip_special_tokens=True) for g in sampling.generate(self.model, prompts, config)]
+
+
+set_model(DiffusionLanguageModel())

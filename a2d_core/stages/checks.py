@@ -1,0 +1,114 @@
+"""What a stage looks at before it starts to work, and what it says when the memory is full.
+
+All of it is quick and needs no torch, so that a mistake shows within a second.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from a2d_core.config import TrainConfig, UserError, require
+
+MADE_HERE = ("checkpoint-*", "metrics.jsonl", "samples.jsonl", "results.json")
+"""Files by which the output of a stage is known, and may be replaced; a converted model is known by its `a2d` entry."""
+STATE_BYTES_PER_PARAMETER = 16
+"""A training checkpoint: float32 weights and AdamW's two moments, and as much again for what else is written."""
+FINAL_BYTES_PER_PARAMETER = 4
+
+
+class MemoryFullError(RuntimeError):
+    """The device's memory was full; the message names the fields to lower."""
+
+
+def output_directory(path: str | Path, *, resume: bool = False, overwrite: bool = False, inputs: tuple[str | Path, ...] = ()) -> Path:
+    """Make the output directory ready, and return it.
+
+    Raises `UserError` where it cannot be written, or is not empty without `resume` or `overwrite`; `overwrite` empties it, if
+    it holds the output of an earlier stage and none of `inputs`.
+    """
+    path = Path(path)
+    require(not path.exists() or path.is_dir(), f"output directory '{path}' is a file: choose another")
+    if path.is_dir() and any(path.iterdir()) and not resume:
+        require(overwrite, f"output directory '{path}' is not empty: choose another, or replace what is in it with --overwrite")
+        inside = [str(i) for i in inputs if Path(i).exists() and Path(i).resolve().is_relative_to(path.resolve())]
+        require(not inside, f"--overwrite would delete '{path}' with the input {', '.join(inside)} in it: choose another output directory")
+        is_ours = read_spec(path) is not None or any(next(path.glob(name), None) for name in MADE_HERE)
+        require(is_ours, f"'{path}' does not look like the output of a stage, so it is not deleted: empty it yourself, or choose another")
+        shutil.rmtree(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to output directory '{path}' ({error.strerror}): choose another, or mend its permissions") from None
+    return path
+
+
+def read_spec(model_dir: str | Path) -> dict[str, Any] | None:
+    """The `a2d` entry of a checkpoint directory's config.json; None where there is none."""
+    path = Path(model_dir) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("a2d") if path.is_file() else None
+    except (ValueError, AttributeError):
+        raise UserError(f"{path} is not the JSON of a Hugging Face model: the file is damaged") from None
+
+
+def room_for_checkpoints(config: TrainConfig, model_dir: str | Path, output_dir: str | Path) -> None:
+    """Raise `UserError` where the disk of `output_dir` has no room for the checkpoints that the training will keep."""
+    count = parameters(model_dir)
+    needed = count * (STATE_BYTES_PER_PARAMETER * config.keep_checkpoints + FINAL_BYTES_PER_PARAMETER)
+    there = next(folder for folder in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    require(
+        needed <= free,
+        f"too little disk at '{output_dir}': {config.keep_checkpoints} training checkpoints and the final one of a model with "
+        f"{count / 1e6:.1f} million parameters need about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: "
+        "lower keep_checkpoints, free some space, or choose another output directory",
+    )
+
+
+def parameters(model_dir: str | Path) -> int:
+    """Parameters of a checkpoint directory, counted in the headers of its safetensors files; 0 where there are none."""
+    count = 0
+    for path in Path(model_dir).glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return count
+
+
+def newest_checkpoint(output_dir: str | Path) -> str:
+    """The newest complete `checkpoint-N` of an interrupted training; raises `UserError` where there is none."""
+    found = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdecimal()]
+    require(bool(found), f"'{output_dir}' holds no checkpoint to resume from: start without --resume")
+    return str(max(found, key=lambda path: int(path.name[11:])))
+
+
+@contextmanager
+def memory_advice(stage: str, config: Any) -> Iterator[None]:
+    """Turn an out-of-memory error of the body, in this process or in a worker, into one that names the fields to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        kind = getattr(error, "kind", type(error).__name__)
+        if kind != "OutOfMemoryError" and "CUDA error: out of memory" not in str(error):
+            raise
+        if isinstance(config, TrainConfig):
+            advice = (
+                f"lower {stage}.batch_size={config.batch_size} and raise {stage}.gradient_accumulation_steps="
+                f"{config.gradient_accumulation_steps} by the same factor (the training stays the same), lower {stage}.max_length="
+                f"{config.max_length} or {stage}.views={config.views}, or set {stage}.gradient_checkpointing=true"
+            )
+            if config.precision == "float32":
+                advice += f" and {stage}.precision=bfloat16"
+        else:
+            advice = f"lower {stage}.batch_size={config.batch_size}"
+            advice += ", sample.max_new_tokens" if stage in ("sample", "evaluate") else ""
+        raise MemoryFullError(f"CUDA ran out of memory in {stage}: {advice}") from error

@@ -1,0 +1,249 @@
+"""The tracking room: all that a run tells MLflow, from a step of the flow or from the command line.
+
+One parent run stands for one run of the pipeline, and each stage has a child run, which is found
+again by its parent's id and its stage tag: a resumed run goes on in the runs that it began.
+Functions that log act on the active run, which `stage_run` opens.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from a2d_core.config import Recipe, TrackingConfig, UserError, require, to_dict
+
+Row = dict[str, Any]
+"""One line of `metrics.jsonl`: `step` and the numbers that belong to it."""
+
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "GIT_PYTHON_REFRESH": "quiet",  # MLflow looks for git, and warns at length where there is none
+}
+NOT_METRICS = {"step", "max_steps", "total_flos"}
+
+
+def quiet() -> None:
+    """Switch off the telemetry of every dependency, in this process and its children, unless the user has set it."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+def default_uri(config: TrackingConfig | None = None) -> str:
+    """Where runs are tracked: the configuration's URI, MLFLOW_TRACKING_URI, or `mlflow.db` in the working directory.
+
+    A sqlite URI comes back with an absolute path, so that it means the same file to every process of a run.
+    """
+    uri = (config.uri if config else None) or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}" if uri.startswith("sqlite:///") else uri
+
+
+def check_server(uri: str) -> None:
+    """Make sure, within seconds, that tracking works (a new local database is set up); raise `UserError` with the remedy."""
+    import mlflow
+
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # the set-up of a database is not the user's news
+    mlflow.set_tracking_uri(uri)
+    try:
+        with impatience():
+            mlflow.MlflowClient().search_experiments(max_results=1)
+    except Exception as error:  # every kind of store has its own: connection, database, permission
+        cause = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"the MLflow tracking server at {uri} does not answer ({cause}): start it, or set MLFLOW_TRACKING_URI or tracking.uri; "
+            "with neither set, runs are tracked in the local file mlflow.db"
+        ) from error
+
+
+def start_parent(recipe: Recipe, *, name: str, tags: dict[str, str] | None = None) -> str:
+    """Make the run that stands for one run of the pipeline, with the resolved recipe as an artifact; return its id."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    params = {"preset": recipe.name, "objective": recipe.objective, "seed": recipe.seed}
+    run_id = client.create_run(_experiment(client, recipe.tracking.experiment), run_name=name, tags=tags or {}).info.run_id
+    for key, value in {**params, "model": recipe.convert.model, "block_size": recipe.convert.block_size}.items():
+        client.log_param(run_id, key, value)
+    client.log_dict(run_id, to_dict(recipe), "recipe.json")
+    return run_id
+
+
+@contextmanager
+def stage_run(parent_id: str, stage: str, *, params: dict[str, Any] | None = None, tags: dict[str, str] | None = None) -> Iterator[str]:
+    """The child run of a stage, found or made, as the active MLflow run; yields its id.
+
+    Where the body raises, the child and the parent are marked as failed, until a resumed run takes them up.
+    """
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    client.update_run(parent_id, status="RUNNING")
+    run_id = mlflow.start_run(run_id=_child(client, parent_id, stage, params or {})).info.run_id
+    try:
+        mlflow.set_tags(tags or {})
+        yield run_id
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        try:
+            with impatience():
+                mlflow.end_run(status)
+                client.update_run(parent_id, status=status)
+        except Exception as second:
+            error.add_note(f"(MLflow could not be told of it: {second})")
+        raise
+    mlflow.end_run()
+
+
+def finish(parent_id: str, status: str = "FINISHED") -> None:
+    """Close the parent run."""
+    import mlflow
+
+    mlflow.MlflowClient().set_terminated(parent_id, status)
+
+
+def log_numbers(numbers: dict[str, Any], *, summary: dict[str, Any] | None = None) -> None:
+    """Log a stage's final numbers to its active run, and those of `summary` to the parent, where runs are compared.
+
+    Left out are what is no finite number, what stands there already, and what the run has a curve of.
+    """
+    import mlflow
+
+    client, active = mlflow.MlflowClient(), mlflow.active_run()
+    assert active is not None, "log_numbers is called inside stage_run"
+    for run_id, values in ((active.info.run_id, numbers), (active.data.tags["mlflow.parentRunId"], summary or {})):
+        there = client.get_run(run_id).data.metrics
+        new = [metric for metric in _metrics({"step": 0, **values}) if there.get(metric.key) != metric.value]
+        curves = {m.key for m in new if m.key in there and client.get_metric_history(run_id, m.key)[-1].step > 0}
+        client.log_batch(run_id, metrics=[metric for metric in new if metric.key not in curves])
+
+
+def log_samples(samples: list[dict[str, Any]]) -> None:
+    """Log samples as the table `samples.json` of the active run."""
+    import mlflow
+
+    columns = list(samples[0]) if samples else []
+    mlflow.log_dict({"columns": columns, "data": [[sample[c] for c in columns] for sample in samples]}, "samples.json")
+    # what mlflow.log_table does, which would append to the table of an earlier attempt
+    mlflow.set_tag("mlflow.loggedArtifacts", json.dumps([{"path": "samples.json", "type": "table"}]))
+
+
+def log_evaluation(results: dict[str, Any], output_dir: str | Path) -> None:
+    """Log an evaluation: its numbers as metrics, those without standard errors on the parent too, and the full results as JSON."""
+    import mlflow
+
+    numbers = evaluation_numbers(results)
+    log_numbers(numbers, summary={name: value for name, value in numbers.items() if not name.endswith(("_stderr", "_chance"))})
+    for file in ("results.json", "lm_eval.json"):
+        if (Path(output_dir) / file).exists():
+            mlflow.log_artifact(str(Path(output_dir) / file))
+
+
+def evaluation_numbers(results: dict[str, Any] | None) -> dict[str, Any]:
+    """An evaluation as flat names and numbers: TASK/METRIC, with _stderr, _chance and _baseline, and text/nelbo and its like."""
+    numbers: dict[str, Any] = {}
+    for task in results["tasks"] if results else []:
+        name = f"{task['task']}/{task['metric']}"
+        numbers |= {name: task["value"]} | {f"{name}_{part}": task[part] for part in ("stderr", "chance", "baseline")}
+    return numbers | {f"text/{name}": value for name, value in ((results or {}).get("text") or {}).items()}
+
+
+class MetricLog:
+    """Sends rows of numbers to an MLflow run: each number once a step, whatever was sent before a resume or a retry."""
+
+    def __init__(self, run_id: str) -> None:
+        import mlflow
+
+        self._client, self._run_id = mlflow.MlflowClient(), run_id
+        self._waiting: dict[tuple[str, int], Any] = {}
+        self._logged: set[tuple[str, int]] | None = None
+
+    def add(self, rows: list[Row]) -> None:
+        """Let the numbers of these rows wait to be sent."""
+        for metric in (metric for row in rows for metric in _metrics(row)):
+            self._waiting.setdefault((metric.key, metric.step), metric)
+
+    def send(self) -> int:
+        """Send what waits, and return how much was new. After an error nothing is lost: call it again."""
+        try:
+            with impatience():
+                self._logged = self._logged if self._logged is not None else self._there()
+                new = [metric for key, metric in self._waiting.items() if key not in self._logged]
+                for start in range(0, len(new), 1000):  # as many as one request may hold
+                    self._client.log_batch(self._run_id, metrics=new[start : start + 1000])
+        except Exception:
+            self._logged = None  # part of it may have arrived: look before it is sent again
+            raise
+        self._logged |= self._waiting.keys()
+        self._waiting.clear()
+        return len(new)
+
+    def _there(self) -> set[tuple[str, int]]:
+        names = self._client.get_run(self._run_id).data.metrics
+        return {(metric.key, metric.step) for name in names for metric in self._client.get_metric_history(self._run_id, name)}
+
+
+def finite_numbers(row: Row) -> dict[str, float]:
+    """The finite numbers of a row that are metrics, under names that MLflow takes."""
+    numbers = {name: value for name, value in row.items() if name not in NOT_METRICS and isinstance(value, (int, float))}
+    return {re.sub(r"[^\w\-./: ]", "_", name): float(value) for name, value in numbers.items() if math.isfinite(value)}
+
+
+def _metrics(row: Row) -> list[Any]:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    return [Metric(name, value, now, row["step"]) for name, value in finite_numbers(row).items()]
+
+
+def _child(client: Any, parent_id: str, stage: str, params: dict[str, Any]) -> str:
+    """The id of the parent's run for a stage, which is made where it is missing."""
+    from mlflow.entities import Param
+
+    experiment = client.get_run(parent_id).info.experiment_id
+    tags = {"mlflow.parentRunId": parent_id, "a2d.stage": stage}
+    found = client.search_runs([experiment], " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items()), max_results=1)
+    if found:
+        return found[0].info.run_id
+    run_id = client.create_run(experiment, run_name=stage, tags=tags).info.run_id
+    client.log_batch(run_id, params=[Param(name, str(value)[:6000]) for name, value in params.items()])
+    return run_id
+
+
+def _experiment(client: Any, name: str) -> str:
+    """The id of the experiment, which is made where it is missing."""
+    import mlflow
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        uri = mlflow.get_tracking_uri()
+        local = Path(uri.removeprefix("sqlite:///")).parent / "mlruns" if uri.startswith("sqlite:///") else None
+        return client.create_experiment(name, artifact_location=local.as_uri() if local else None)
+    require(
+        found.lifecycle_stage == "active",
+        f"the MLflow experiment '{name}' was deleted: choose another with tracking.experiment=NAME, "
+        f"or bring it back with `mlflow experiments restore --experiment-id {found.experiment_id}`",
+    )
+    return found.experiment_id
+
+
+@contextmanager
+def impatience() -> Iterator[None]:
+    """Give up on a server that does not answer after seconds, where MLflow's own settings wait for minutes."""
+    hasty = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+    mine = {name: value for name, value in hasty.items() if name not in os.environ}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for name in mine:
+            del os.environ[name]

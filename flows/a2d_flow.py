@@ -1,0 +1,234 @@
+"""The pipeline as a Metaflow flow: `python flows/a2d_flow.py run --objective bd3lm`."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if (ROOT / "a2d_core").is_dir():  # a checkout needs no installation
+    sys.path.insert(0, str(ROOT))
+if {os.environ.get(name) or "root" for name in ("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER")} == {"root"}:
+    os.environ["METAFLOW_USER"] = "a2d"  # Metaflow refuses to work for root
+
+from compute import Compute, check_compute, read_preset  # noqa: E402
+from metaflow import Config, FlowSpec, Parameter, card, current, step  # noqa: E402
+from metaflow._vendor import click  # noqa: E402
+
+from a2d_core import follow, presets, store, tracking  # noqa: E402
+from a2d_core.config import OBJECTIVES, Recipe, build, require, to_dict  # noqa: E402
+
+tracking.quiet()
+
+OBJECTIVE = click.Choice(OBJECTIVES)
+OBJECTIVE.__name__ = "str"  # the name of the type in a deployed workflow
+
+
+@Compute()
+class A2DFlow(FlowSpec):
+    """
+    Turn an autoregressive language model into a diffusion language model.
+
+    The steps:
+
+    1. start: resolve and check the recipe, reach the MLflow server, and open the run there.
+    2. convert: make a diffusion checkpoint of the autoregressive model, and prove that it is one.
+    3. pretrain: continue its pretraining on text with the diffusion objective.
+    4. sft: fine-tune it on conversations.
+    5. sample: let it answer the recipe's prompts.
+    6. evaluate: score it with lm-evaluation-harness, and the NELBO of held-out text, beside the untrained checkpoint.
+    7. register: put it into the MLflow model registry, as a candidate whose review is pending.
+    8. end: export the model, and say where to look.
+
+    Between the steps, artifacts hold numbers and references; the directories lie in the datastore.
+    Training is followed live on a card and in MLflow. A run that fails is continued by `resume`:
+    in the same MLflow run, and from the last training checkpoint.
+    """
+
+    preset = Config("preset", parser=read_preset, default_value="tiny", help="Recipe: a preset's name, or a path to TOML or JSON.")
+    objective = Parameter("objective", default="bd3lm", type=OBJECTIVE, help="bd3lm (block diffusion) or mdlm (masked diffusion).")
+    seed = Parameter("seed", type=int, help="Seed of everything random; the preset's own where it is not given.")
+    overrides = Parameter("overrides", default="", help="Fields of the recipe to change: 'sft.max_steps=100 sample.temperature=0.7'.")
+    export_dir = Parameter("export-dir", default="runs", help="The finished model is written to EXPORT_DIR/RUN_ID/model.")
+
+    @step
+    def start(self) -> None:
+        """Resolve and check the recipe, reach the MLflow server, and open the run there."""
+        changes = re.split(r"\s+(?=(?:\w+\.)+\w+=|seed=)", self.overrides.strip()) if self.overrides.strip() else []
+        recipe = presets.resolve(self.preset.to_dict(), self.objective, changes, self.seed)
+        check_compute(recipe, self.preset.to_dict())
+        store.check_datastore(self._datastore.TYPE)
+        self.tracking_uri = tracking.default_uri(recipe.tracking)
+        require(
+            recipe.compute.platform == "local" or not self.tracking_uri.startswith(("sqlite:", "file:", "/", ".")),
+            f"steps on {recipe.compute.platform} cannot share {self.tracking_uri}: give the URI of an MLflow server in tracking.uri",
+        )
+        tracking.check_server(self.tracking_uri)
+        self.recipe = to_dict(recipe)
+        name = f"{recipe.name}-{recipe.objective}-{current.run_id}"
+        self.mlflow_run = tracking.start_parent(recipe, name=name, tags={"metaflow.run": f"{current.flow_name}/{current.run_id}"})
+        print(f"{recipe.name}, {recipe.objective}, seed {recipe.seed}; MLflow run {self.mlflow_run} at {self.tracking_uri}")
+        self.next(self.convert)
+
+    @step
+    def convert(self) -> None:
+        """Make a diffusion checkpoint of the autoregressive model."""
+        from a2d_core.stages import convert
+
+        with self._stage("convert") as (recipe, room, _):
+            numbers = convert.run(recipe.convert, recipe.objective, room / "model", seed=recipe.seed)
+            tracking.log_numbers(numbers)
+            self.model = self.untrained = store.put_dir(room / "model", "model")
+            is_embedded = recipe.convert.model.split(":")[0] == "embedded"
+            self.source = store.put_dir(numbers["source"], "source") if is_embedded else None
+            self.numbers = {"convert": numbers}
+        self.next(self.pretrain)
+
+    @card(type="blank", id="training", refresh_interval=5)
+    @step
+    def pretrain(self) -> None:
+        """Continue the pretraining on text."""
+        from a2d_core.stages import pretrain
+
+        self._train("pretrain", pretrain.run)
+        self.next(self.sft)
+
+    @card(type="blank", id="training", refresh_interval=5)
+    @step
+    def sft(self) -> None:
+        """Fine-tune on conversations."""
+        from a2d_core.stages import sft
+
+        self._train("sft", sft.run)
+        self.next(self.sample)
+
+    @card(type="blank", id="samples")
+    @step
+    def sample(self) -> None:
+        """Answer the recipe's prompts."""
+        import cards
+
+        from a2d_core.stages import sample
+
+        self.samples: list[dict[str, Any]] = []
+        with self._stage("sample") as (recipe, room, _):
+            if self._is_on(recipe.sample, "sample"):
+                model = store.get_dir(self.model, room / "model")
+                self.samples = sample.run(recipe.sample, model, room / "output", seed=recipe.seed)["samples"]
+                tracking.log_samples(self.samples)
+            cards.show_samples(current.card["samples"], recipe, self.samples)
+        self.next(self.evaluate)
+
+    @card(type="blank", id="evaluation")
+    @step
+    def evaluate(self) -> None:
+        """Score the model, beside the untrained checkpoint and the autoregressive source."""
+        import cards
+
+        from a2d_core.stages import evaluate
+
+        self.results: dict[str, Any] | None = None
+        with self._stage("evaluate") as (recipe, room, _):
+            if self._is_on(recipe.evaluate, "evaluate"):
+                model = store.get_dir(self.model, room / "model")
+                has_baseline = recipe.evaluate.baseline and self.model != self.untrained
+                baseline = store.get_dir(self.untrained, room / "baseline") if has_baseline else None
+                source = store.get_dir(self.source, room / "source") if self.source else None
+                results = evaluate.run(
+                    recipe.evaluate, recipe.sample, model, room / "output", seed=recipe.seed, baseline_dir=baseline, source_dir=source
+                )
+                tracking.log_evaluation(results, room / "output")
+                self.results = results
+            cards.show_evaluation(current.card["evaluation"], recipe, self.results)
+        self.next(self.register)
+
+    @step
+    def register(self) -> None:
+        """Put the model into the MLflow model registry."""
+        from a2d_core.stages import register
+
+        self.registered: dict[str, Any] | None = None
+        with self._stage("register") as (recipe, room, _):
+            if self._is_on(recipe.register, "register"):
+                tags = {"metaflow.run": f"{current.flow_name}/{current.run_id}", "mlflow.parent_run": self.mlflow_run}
+                tags |= {"objective": recipe.objective, "base_model": recipe.convert.model, "preset": recipe.name}
+                self.registered = register.run(
+                    recipe.register,
+                    store.get_dir(self.model, room / "model"),
+                    name=register.model_name(recipe),
+                    tags=tags | {"gate": register.gate(self.results)},
+                    metrics=tracking.evaluation_numbers(self.results),
+                    sample=recipe.sample,
+                )
+        self.next(self.end)
+
+    @step
+    def end(self) -> None:
+        """Export the model, and say where to look."""
+        import cards
+
+        recipe = build(Recipe, self.recipe)
+        tracking.check_server(self.tracking_uri)
+        tracking.finish(self.mlflow_run)
+        exported = None
+        if recipe.compute.platform == "local":
+            exported = store.get_dir(self.model, Path(self.export_dir) / current.run_id / "model")
+        print(cards.closing_words(recipe, self.results, self.registered, exported, self.tracking_uri, current.run_id))
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[tuple[Recipe, Path, str]]:
+        """The recipe, a room to work in, and the stage's MLflow run, which is the active one, by its id."""
+        recipe = build(Recipe, self.recipe)
+        tracking.check_server(self.tracking_uri)
+        params = to_dict(getattr(recipe, name))
+        with (
+            tracking.stage_run(self.mlflow_run, name, params=params, tags={"metaflow.task": current.pathspec}) as run_id,
+            tempfile.TemporaryDirectory(prefix=f"a2d-{name}-") as room,
+        ):
+            yield recipe, Path(room), run_id
+
+    def _is_on(self, config: Any, name: str) -> bool:
+        """Whether a stage is enabled; says so where it is not."""
+        if not config.enabled:
+            print(f"{name} is switched off ({name}.enabled=false): its input passes through unchanged")
+        return config.enabled
+
+    def _train(self, name: str, run: Callable[..., dict[str, Any]]) -> None:
+        """Run a training stage, followed on the card, in MLflow and in the checkpoint store; go on from a checkpoint if there is one."""
+        import cards
+
+        with self._stage(name) as (recipe, room, run_id):
+            config = getattr(recipe, name)
+            live = cards.TrainingCard(current.card["training"], recipe, name)
+            if not self._is_on(config, name):
+                return
+
+            def keep(number: int, checkpoint: Path) -> None:
+                store.put_dir(checkpoint, "training", step=number)
+                store.prune("training", keep=config.keep_checkpoints)
+
+            saved = store.latest("training")
+            resume_from = str(store.get_dir(saved, room / f"checkpoint-{saved['metadata']['step']}")) if saved else None
+            print(f"{name} goes on from step {saved['metadata']['step']}" if saved else f"{name} starts at step 0")
+            with follow.Follower(room / "output", log=tracking.MetricLog(run_id), on_rows=live.update, on_checkpoint=keep):
+                numbers = run(
+                    config,
+                    store.get_dir(self.model, room / "model"),
+                    room / "output",
+                    seed=recipe.seed,
+                    processes=recipe.compute.train.processes,
+                    resume_from=resume_from,
+                )
+            tracking.log_numbers(numbers, summary={f"{name}/{key}": value for key, value in numbers.items()})
+            self.numbers = {**self.numbers, name: numbers}
+            self.model = store.put_dir(room / "output" / "checkpoint-final", "model")
+
+
+if __name__ == "__main__":
+    A2DFlow()

@@ -1,0 +1,236 @@
+"""What a person sees of a run: the live card of a training step, the samples, the evaluation, and the closing words."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metaflow.cards import Markdown, ProgressBar, Table, VegaChart
+
+from a2d_core.config import Recipe
+
+TITLES = {"pretrain": "Continued pretraining", "sft": "Supervised fine-tuning"}
+CURVES = {"loss": ("training loss", "#4c78a8"), "eval_nelbo": ("held-out NELBO", "#e45756")}
+SIDE_CURVES = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens/s"}
+NUMBERS = {
+    "loss": "training loss",
+    "eval_nelbo": "held-out NELBO",
+    "eval_perplexity_bound": "perplexity bound",
+    **SIDE_CURVES,
+    "memory_mb": "memory, MiB",
+}
+MOST_POINTS = 400
+"""Points of a curve on a card; a longer one is thinned."""
+
+Row = dict[str, Any]
+
+
+class TrainingCard:
+    """The live card of a training step: progress, the current numbers, and the curves."""
+
+    def __init__(self, card: Any, recipe: Recipe, stage: str) -> None:
+        config = getattr(recipe, stage)
+        self._card = card
+        self._bar = ProgressBar(max=100, label="progress", unit="%", metadata="waiting for the first numbers")
+        self._numbers = Markdown("")
+        self._curves = VegaChart(main_curves([]))
+        self._sides = {name: VegaChart(side_curve([], name)) for name in SIDE_CURVES}
+        card.append(Markdown(f"# {TITLES[stage]}\n{recipe.name} · {recipe.objective} · seed {recipe.seed} · data `{config.dataset}`"))
+        if not config.enabled:
+            card.append(Markdown(f"Switched off by `{stage}.enabled=false`: the model passes through unchanged."))
+            return
+        for part in (self._bar, self._numbers, self._curves, Table([list(self._sides.values())], headers=list(SIDE_CURVES.values()))):
+            card.append(part)
+        card.refresh()
+
+    def update(self, rows: list[Row]) -> None:
+        """Show all rows of `metrics.jsonl` so far."""
+        latest = {name: value for row in rows for name, value in row.items()}
+        step, last = latest["step"], latest.get("max_steps", latest["step"])
+        self._bar.update(round(100 * step / last), metadata=f"step {step:,} of {last:,}")
+        self._numbers.update(markdown_table([list(NUMBERS.values()), [number(latest.get(name)) for name in NUMBERS]]))
+        self._curves.update(main_curves(rows))
+        for name, chart in self._sides.items():
+            chart.update(side_curve(rows, name))
+        self._card.refresh()
+
+
+def show_samples(card: Any, recipe: Recipe, samples: list[Row]) -> None:
+    """The card of the sample step."""
+    config = recipe.sample
+    card.append(
+        Markdown(
+            f"# Samples\n{recipe.name} · {recipe.objective} · up to {config.max_new_tokens} tokens · temperature {config.temperature:g}"
+        )
+    )
+    if not config.enabled:
+        card.append(Markdown("Switched off by `sample.enabled=false`."))
+        return
+    rows = [
+        [
+            s["prompt"],
+            s["completion"],
+            str(s["new_tokens"]),
+            number(s["nfe"]),
+            f"{s['new_tokens'] / max(s['nfe'], 1):.2f}",
+            f"{s['tokens_per_second']:,.0f}",
+        ]
+        for s in samples
+    ]
+    card.append(Table(rows, headers=["prompt", "completion", "tokens", "network evaluations", "tokens per evaluation", "tokens/s"]))
+
+
+def show_evaluation(card: Any, recipe: Recipe, results: dict[str, Any] | None) -> None:
+    """The card of the evaluate step."""
+    card.append(Markdown(f"# Evaluation\n{recipe.name} · {recipe.objective} · seed {recipe.seed}"))
+    if results is None:
+        card.append(Markdown("Switched off by `evaluate.enabled=false`."))
+        return
+    if results["tasks"]:
+        card.append(
+            Table([list(row) for row in task_rows(results)], headers=["task", "metric", "score", "chance", "untrained", "documents"])
+        )
+        card.append(VegaChart(score_bars(results["tasks"])))
+    if results["text"]:
+        card.append(Markdown("## Held-out text"))
+        card.append(Table([list(row) for row in text_rows(results["text"])], headers=["", "nats per token"]))
+
+
+def closing_words(recipe: Recipe, results: dict[str, Any] | None, registered: Row | None, model: Path | None, uri: str, run_id: str) -> str:
+    """What the end of a run prints: its numbers, and the commands that show more."""
+    lines = [f"A2D is done: {recipe.name}, {recipe.objective}, seed {recipe.seed}."]
+    if results:
+        scores = [
+            (f"{task} {metric}", score, f"chance {chance}", f"untrained {base}")
+            for task, metric, score, chance, base, _ in task_rows(results)
+        ]
+        lines += ["", *aligned(scores)]
+        lines += ["", *aligned(text_rows(results["text"]))] if results["text"] else []
+    flow = shlex.quote(os.path.relpath(sys.argv[0]))
+    cards = [f"{tool('python')} {flow} card view {run_id}/{step}" for step in ("pretrain", "sft", "sample", "evaluate")]
+    look = [("cards", command) for command in cards]
+    if uri.startswith("sqlite:"):
+        look.append(("MLflow", f"{tool('mlflow')} ui --backend-store-uri {uri}"))
+    else:
+        look.append(("MLflow", uri))
+    if registered:
+        look.append(("registered", f"{registered['name']} version {registered['version']}, alias candidate, review pending"))
+    if model:
+        look.append(("chat", f"{tool('python')} -m a2d_core chat --model {shlex.quote(os.path.relpath(model))}"))
+    elif registered:
+        look.append(("download", f"mlflow artifacts download --artifact-uri {registered['uri']} --dst-path model"))
+    return "\n".join([*lines, "", *aligned(look)])
+
+
+# --- rows ---
+
+
+def task_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row per task: task, metric, value ± standard error, chance, untrained baseline, documents."""
+    return [
+        (t["task"], t["metric"], estimate(t["value"], t["stderr"]), number(t["chance"]), number(t["baseline"]), f"{t['documents']:,}")
+        for t in results["tasks"]
+    ]
+
+
+def text_rows(text: Row) -> list[tuple[str, str]]:
+    """The NELBO of held-out text, and beside it the autoregressive source's own loss on the same tokens."""
+    rows = [("diffusion model, NELBO", estimate(text["nelbo"], text["stderr"]))]
+    if text["ar_nll"] is not None:
+        rows.append(("autoregressive source, loss", f"{text['ar_nll']:.3f}"))
+    return [*rows, ("perplexity, at most", f"{text['perplexity_bound']:.2f}"), ("tokens scored", f"{text['tokens']:,}")]
+
+
+def estimate(value: float, stderr: float | None) -> str:
+    """An estimate with its standard error, where it has one."""
+    return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
+
+
+def number(value: float | None) -> str:
+    """A number for people: three or four figures, a dash for what is not known."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows, the first of them the head, as a Markdown table."""
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as lines of text with their columns under one another."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+    return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def tool(name: str) -> str:
+    """A program of this run's environment: by its name where that finds it, else by its path."""
+    path = Path(sys.executable).with_name(name)
+    found = shutil.which(name)
+    if found and Path(found).parent == path.parent:
+        return name
+    return shlex.quote(min(str(path), os.path.relpath(path), key=len))
+
+
+# --- charts (Vega-Lite) ---
+
+
+def main_curves(rows: list[Row]) -> dict[str, Any]:
+    """Training loss and held-out NELBO over the steps."""
+    points = [{"step": s, "value": v, "curve": label} for name, (label, _) in CURVES.items() for s, v in curve(rows, name)]
+    labels, colours = zip(*CURVES.values(), strict=True)
+    encoding = {
+        "x": {"field": "step", "type": "quantitative", "title": "step"},
+        "y": {"field": "value", "type": "quantitative", "title": "nats per token", "scale": {"zero": False}},
+        "color": {
+            "field": "curve",
+            "type": "nominal",
+            "title": None,
+            "scale": {"domain": labels, "range": colours},
+            "legend": {"orient": "top"},
+        },
+    }
+    dots = {"mark": {"type": "point", "filled": True, "size": 60}, "transform": [{"filter": f"datum.curve == '{labels[1]}'"}]}
+    return chart(points, encoding, height=280, layer=[{"mark": {"type": "line", "interpolate": "linear"}}, dots])
+
+
+def side_curve(rows: list[Row], name: str) -> dict[str, Any]:
+    """One more number over the steps, small."""
+    encoding = {
+        "x": {"field": "step", "type": "quantitative", "title": None},
+        "y": {"field": "value", "type": "quantitative", "title": None},
+    }
+    return chart([{"step": s, "value": v} for s, v in curve(rows, name)], encoding, height=110, mark={"type": "line", "color": "#72767d"})
+
+
+def score_bars(tasks: list[Row]) -> dict[str, Any]:
+    """A bar per task, and marks for chance and the untrained model."""
+    kinds = {"value": "trained", "baseline": "untrained", "chance": "chance"}
+    points = [{"task": t["task"], "score": t[k], "model": label} for t in tasks for k, label in kinds.items() if t[k] is not None]
+    encoding = {
+        "y": {"field": "task", "type": "nominal", "title": None, "sort": None},
+        "x": {"field": "score", "type": "quantitative", "title": "score"},
+        "yOffset": {"field": "model", "sort": list(kinds.values())},
+        "color": {"field": "model", "title": None, "scale": {"domain": list(kinds.values()), "range": ["#4c78a8", "#e45756", "#b8bcc2"]}},
+    }
+    return chart(points, encoding, height={"step": 12}, mark="bar")
+
+
+def curve(rows: list[Row], name: str) -> list[tuple[int, float]]:
+    """(step, value) of one number, thinned to `MOST_POINTS`; a step that was logged twice counts once."""
+    points = list({row["step"]: row[name] for row in rows if name in row}.items())
+    every = -(-len(points) // MOST_POINTS) or 1
+    return points[::-every][::-1]
+
+
+def chart(points: list[Row], encoding: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    """A Vega-Lite chart as wide as its place."""
+    schema = "https://vega.github.io/schema/vega-lite/v5.json"
+    return {"$schema": schema, "data": {"values": points}, "encoding": encoding, "width": "container", **parts}

@@ -1,0 +1,135 @@
+"""What the flow asks of the machine, read from the preset: resources, retries, time limits, and where the steps run.
+
+Decorators are made when the graph is built, before any parameter is known. So the compute profile
+comes from the preset, a Metaflow `Config`, and one `FlowMutator` turns it into decorators. It also
+ships a2d_core with the flow's code, and gives each step a plain form for the user's own mistakes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from metaflow import FlowMutator, user_step_decorator
+from metaflow.exception import MetaflowException
+
+import a2d_core
+from a2d_core import presets
+from a2d_core.config import ComputeConfig, Recipe, StepCompute, UserError, build, require
+
+PROFILES = {"convert": "convert", "pretrain": "train", "sft": "train", "sample": "generate", "evaluate": "generate"}
+"""Step -> its part of the compute profile; the steps that only keep books (start, register, end) take `register`."""
+
+
+class Refusal(MetaflowException):
+    """A user's own mistake, in the form that Metaflow prints without a traceback."""
+
+    headline = "A2D cannot go on"
+
+
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    """Turn a `UserError` of the body into a `Refusal`."""
+    try:
+        yield
+    except UserError as error:
+        raise Refusal(str(error)) from None
+
+
+@user_step_decorator
+def plain_refusals(step_name: str, flow: Any, inputs: Any = None, attributes: Any = None) -> Iterator[None]:
+    """Every step's `UserError` is told plainly."""
+    with told_plainly():
+        yield
+
+
+def read_preset(text: str) -> dict[str, Any]:
+    """The parser of the flow's `preset`: a name, a path to TOML or JSON, or the text of such a file (`--config preset FILE`)."""
+    with told_plainly():
+        if not any(sign in text for sign in "\n={"):
+            return presets.read(text.strip())
+        try:
+            values = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+            if str(values.get("base", "")).endswith(presets.SUFFIXES):
+                values["base"] = str(Path(values["base"]).absolute())  # the text does not say where its file lies
+            content = json.dumps(values)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"the text of the preset is neither a TOML nor a JSON recipe: {error}") from None
+        with tempfile.TemporaryDirectory() as room:
+            file = Path(room) / "custom.json"
+            file.write_text(content)
+            return presets.read(str(file))
+
+
+def read_compute(preset: dict[str, Any]) -> ComputeConfig:
+    """The checked compute profile of a preset, as `presets.read` returns it."""
+    compute = build(ComputeConfig, preset.get("compute", {}), "compute")
+    foreign = [name for name in ("namespace", "service_account", "node_selector", "secrets") if getattr(compute, name)]
+    require(
+        compute.platform != "batch" or not foreign,
+        f"compute.{', compute.'.join(foreign)} belong to Kubernetes, and compute.platform is batch: leave them out",
+    )
+    return compute
+
+
+def check_compute(recipe: Recipe, preset: dict[str, Any]) -> None:
+    """Raise `UserError` where an override, or an objective's table, asks for a compute profile that the graph was not built with."""
+
+    def fixed(compute: ComputeConfig) -> ComputeConfig:
+        parts = {name: replace(getattr(compute, name), processes=1) for name in ("convert", "train", "generate", "register")}
+        return replace(compute, **parts)  # how many processes a stage starts is its own affair
+
+    require(
+        fixed(recipe.compute) == fixed(read_compute(preset)),
+        "compute.* (but for processes) is read before the overrides: put it into a preset of your own, "
+        'a TOML file with base = "NAME" and a table [compute], and run with --config-value preset FILE',
+    )
+
+
+class Compute(FlowMutator):
+    """Gives each step the resources, retries, time limit and platform of the preset's compute profile."""
+
+    def mutate(self, mutable_flow: Any) -> None:
+        """Add the decorators, once the preset is read."""
+        preset = dict(mutable_flow.configs)["preset"]
+        if preset is None:
+            return
+        with told_plainly():
+            compute = read_compute(preset.to_dict())
+        for name, step in mutable_flow.steps:
+            need = getattr(compute, PROFILES.get(name, "register"))
+            step.add_decorator(plain_refusals)
+            for decorator, attributes in decorators(compute, need).items():
+                step.add_decorator(decorator, deco_kwargs=attributes)
+
+    def add_to_package(self) -> Iterator[tuple[str, str]]:
+        """Ship a2d_core beside the flow's own files."""
+        root = Path(a2d_core.__file__).parent
+        for path in sorted(root.rglob("*")):
+            if path.suffix in (".py", ".toml", ".yaml", ".yml", ".json"):
+                yield str(path), f"{root.name}/{path.relative_to(root)}"
+
+
+def decorators(compute: ComputeConfig, need: StepCompute) -> dict[str, dict[str, Any]]:
+    """Metaflow decorator -> its attributes, for a step with this need on this platform."""
+    resources = {"cpu": need.cpu, "gpu": need.gpu or None, "memory": need.memory_mb, "shared_memory": need.shared_memory_mb}
+    made = {"resources": _given(resources), "timeout": {"minutes": need.timeout_minutes}}
+    if need.retries:
+        made["retry"] = {"times": need.retries, "minutes_between_retries": need.minutes_between_retries}
+    if compute.platform == "kubernetes":
+        labels = compute.node_selector if need.gpu else None
+        names = {"image": compute.image, "namespace": compute.namespace, "service_account": compute.service_account}
+        made["kubernetes"] = _given({**names, "node_selector": labels, "secrets": list(compute.secrets)})
+    if compute.platform == "batch":
+        made["batch"] = _given({"image": compute.image, "queue": compute.queue})
+    return made
+
+
+def _given(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if value}

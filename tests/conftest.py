@@ -1,0 +1,54 @@
+"""The tests' environment: offline, silent, repeatable. It is set before anything heavy is imported, and children inherit it."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+CACHE = Path(__file__).resolve().parents[1] / ".pytest_cache"
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HOME=str(CACHE / "huggingface"),
+    HF_HUB_DISABLE_TELEMETRY="1",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    DO_NOT_TRACK="1",
+    GOMP_SPINCOUNT="0",
+    TOKENIZERS_PARALLELISM="false",
+    # A child process that would reach for the network meets a closed port at once.
+    HTTP_PROXY="http://127.0.0.1:9",
+    HTTPS_PROXY="http://127.0.0.1:9",
+    NO_PROXY="localhost,127.0.0.1,::1",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("A2D_CACHE", str(CACHE / "a2d"))  # the embedded base, by content: trained once
+os.environ.setdefault("METAFLOW_USER", "tester")
+for name in ("MLFLOW_TRACKING_URI", "HF_TOKEN", "http_proxy", "https_proxy", "no_proxy"):
+    os.environ.pop(name, None)
+
+
+def is_loopback(address: object) -> bool:
+    """Whether a socket address stays on this machine: a path (AF_UNIX), or a loopback host."""
+    host = address[0] if isinstance(address, tuple) else None
+    return host is None or host in ("localhost", "::1", "") or str(host).startswith(("127.", "::ffff:127."))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Refuse every connection that leaves this machine, and fail the test even where the refusal was swallowed."""
+    refused = []
+
+    def guard(method):
+        def connect(self, address, *rest):
+            if self.family in (socket.AF_INET, socket.AF_INET6) and not is_loopback(address):
+                refused.append(address)
+                raise OSError(f"tests are offline: a connection to {address} was refused")
+            return method(self, address, *rest)
+
+        return connect
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guard(getattr(socket.socket, name)))
+    yield
+    assert not refused, f"the test tried to reach {refused}"

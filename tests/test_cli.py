@@ -1,0 +1,230 @@
+"""The command line: what it takes, what it refuses before any work, and each stage for real on the smoke model."""
+
+import dataclasses
+import io
+import json
+import os
+import struct
+import sys
+
+import pytest
+
+from a2d_core import __main__ as cli
+from a2d_core import chat, commands
+from a2d_core.config import Recipe, SampleConfig, TrainConfig, UserError
+from a2d_core.launch import WorkerError
+from a2d_core.stages import checks
+
+MANY_PARAMETERS = 10**12
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command in this process; returns (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as exit:  # argparse's own
+            code = exit.code
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def fails(run):
+    """Run a command that is refused: exit code 2, and one line that starts with `error:`, which is returned."""
+
+    def fails(*arguments):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+    return fails
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A directory that says of itself that it is a bd3lm checkpoint with blocks of 24."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"a2d": {"objective": "bd3lm", "block_size": 24}}))
+    return folder
+
+
+# --- help ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", commands.USES)
+def test_help_lists_every_field_that_the_command_takes(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    for stage in commands.USES[command]:
+        for field in dataclasses.fields(getattr(Recipe, stage)):
+            name = field.name if stage == commands.USES[command][0] else f"{stage}.{field.name}"
+            is_read = field.name != "enabled" and f"{stage}.{field.name}" not in commands.UNREAD.get(command, {})
+            assert (f"\n  {name}=" in out) == is_read, name
+
+
+def test_help_is_for_strangers(run):
+    _, out, _ = run("sft", "--help")
+    assert "  learning_rate=0.0001  (number)\n      Peak learning rate of AdamW.\n" in out
+    assert '  schedule="linear"  (one of linear, cosine)\n' in out
+    assert '  dataset="embedded:tasks"  (text)\n' in out
+    assert "tuple" not in out
+
+
+def test_a_command_is_needed(run):
+    code, _, err = run()
+    assert code == 2
+    assert "COMMAND" in err
+
+
+def test_the_presets_are_listed(run):
+    code, out, _ = run("presets")
+    assert code == 0
+    assert {line.split()[0] for line in out.splitlines() if line[0] != " "} >= {"default", "tiny", "smoke", "qwen3-0.6b-8gpu"}
+
+
+def test_a_plan_is_a_recipe(run, tmp_path):
+    code, out, _ = run("plan", "--preset", "tiny", "--objective", "mdlm", "--set", "sft.max_steps=7", "--seed", 3)
+    assert code == 0
+    assert (json.loads(out)["seed"], json.loads(out)["sft"]["max_steps"]) == (3, 7)
+    (tmp_path / "plan.json").write_text(out)
+    assert run("plan", "--preset", tmp_path / "plan.json", "--objective", "mdlm") == (0, out, "")
+
+
+# --- what is refused before any work ----------------------------------------------------------------
+
+
+def test_a_mistake_in_the_recipe_is_refused(fails, checkpoint, tmp_path):
+    sft = ("sft", "--model", checkpoint, "--output-dir", tmp_path / "out")
+    assert "unknown preset 'tinny': did you mean 'tiny'" in fails(*sft, "--preset", "tinny")
+    assert "unknown field 'sft.max_step': did you mean 'max_steps'" in fails(*sft, "--set", "max_step=3")
+    assert "unknown field 'sft.max_step': did you mean 'max_steps'" in fails(*sft, "--set", "sft.max_step=3")
+    assert "is not of the form stage.field=value" in fails(*sft, "--set", "max_steps")
+    assert "sft: batch_size must be at least 1, not 0" in fails(*sft, "--set", "batch_size=0")
+    assert "reads the fields of sft, not of 'pretrain'" in fails(*sft, "--set", "pretrain.max_steps=3")
+    assert "does not read sft.enabled" in fails(*sft, "--set", "enabled=false")
+    assert "does not read sample.prompts (type the prompt)" in fails("chat", "--model", checkpoint, "--set", "prompts=hello")
+    assert "right_shift=true does not fit bd3lm" in fails("convert", "--output-dir", tmp_path / "out", "--set", "right_shift=true")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_must_hold_whole_blocks_of_the_checkpoint(fails, checkpoint, tmp_path):
+    sft = ("sft", "--model", checkpoint, "--output-dir", tmp_path / "out")
+    assert "max_length=100 is not a multiple of convert.block_size=24: use 96" in fails(*sft, "--set", "max_length=100")
+
+
+def test_a_model_must_be_a_diffusion_checkpoint(fails, checkpoint, tmp_path):
+    out = ("--output-dir", tmp_path / "out")
+    assert "there is no directory 'nowhere'" in fails("sft", "--model", "nowhere", *out)
+    (checkpoint / "config.json").write_text("{}")
+    assert "is not a diffusion checkpoint" in fails("sft", "--model", checkpoint, *out)
+    (checkpoint / "config.json").write_text("{")
+    assert "config.json is not the JSON of a Hugging Face model" in fails("sft", "--model", checkpoint, *out)
+
+
+def test_the_objective_is_the_checkpoints_own(fails, checkpoint, tmp_path):
+    err = fails("sft", "--model", checkpoint, "--output-dir", tmp_path / "out", "--objective", "mdlm")
+    assert f"--objective mdlm: '{checkpoint}' is a checkpoint for bd3lm" in err
+
+
+def test_an_output_directory_must_be_free(fails, checkpoint, tmp_path):
+    sft = ("sft", "--model", checkpoint, "--output-dir")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep me")
+    assert "full' is not empty: choose another, or replace what is in it with --overwrite" in fails(*sft, tmp_path / "full")
+    assert "does not look like the output of a stage" in fails(*sft, tmp_path / "full", "--overwrite")
+    assert "mine.txt' is a file" in fails(*sft, tmp_path / "full" / "mine.txt")
+    assert "would delete" in fails(*sft, tmp_path, "--overwrite")
+    assert (tmp_path / "full" / "mine.txt").read_text() == "keep me"
+    assert "holds no checkpoint to resume from" in fails(*sft, tmp_path / "full", "--resume")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_directory_must_be_writable(fails, checkpoint, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o555)
+    assert "cannot write to output directory" in fails("sft", "--model", checkpoint, "--output-dir", tmp_path / "locked" / "out")
+
+
+def test_an_output_directory_that_cannot_be_made_is_refused(fails, checkpoint):
+    assert "cannot write to output directory '/proc/a2d'" in fails("sft", "--model", checkpoint, "--output-dir", "/proc/a2d")
+
+
+def test_an_output_directory_is_overwritten_only_where_a_stage_made_it(tmp_path):
+    (tmp_path / "old" / "checkpoint-3").mkdir(parents=True)
+    assert checks.output_directory(tmp_path / "old", overwrite=True) == tmp_path / "old"
+    assert not list((tmp_path / "old").iterdir())
+
+
+def test_prompts_are_read_from_text_and_json_lines(tmp_path, fails, checkpoint):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "a.jsonl").write_text('"one"\n{"prompt": "two"}\n')
+    (tmp_path / "b.jsonl").write_text('{"question": "two"}\n')
+    assert commands._read_prompts(tmp_path / "a.txt") == commands._read_prompts(tmp_path / "a.jsonl") == ["one", "two"]
+    sample = ("sample", "--model", checkpoint, "--output-dir", tmp_path / "out", "--prompts")
+    assert "an object with the key 'prompt'" in fails(*sample, tmp_path / "b.jsonl")
+    assert "there is no prompt file" in fails(*sample, tmp_path / "c.jsonl")
+
+
+def test_an_mlflow_server_that_does_not_answer_is_named(fails, checkpoint, tmp_path):
+    err = fails("sft", "--model", checkpoint, "--output-dir", tmp_path / "out", "--mlflow", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 does not answer" in err
+
+
+# --- disk and memory ---------------------------------------------------------------------------------
+
+
+def test_parameters_are_counted_without_reading_them(tmp_path):
+    header = json.dumps({"__metadata__": {}, "a": {"shape": [3, 4]}, "b": {"shape": []}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert checks.parameters(tmp_path) == 13
+    assert checks.parameters(tmp_path / "nowhere") == 0
+
+
+def test_too_little_disk_is_noticed_before_training(tmp_path):
+    header = json.dumps({"a": {"shape": [MANY_PARAMETERS]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(UserError, match=r"too little disk at .* 1000000.0 million parameters need about \d+.\d GiB"):
+        checks.room_for_checkpoints(TrainConfig(), tmp_path, tmp_path / "not" / "yet" / "there")
+
+
+def test_the_newest_checkpoint_is_a_complete_one(tmp_path):
+    for name, is_complete in (("checkpoint-9", True), ("checkpoint-10", True), ("checkpoint-20", False), ("checkpoint-final", True)):
+        (tmp_path / name).mkdir()
+        if is_complete:
+            (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert checks.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize(
+    "error", [WorkerError("rank 1 failed", rank=1, kind="OutOfMemoryError"), RuntimeError("CUDA error: out of memory")], ids=["rank", "here"]
+)
+def test_full_memory_names_the_fields_to_lower(error):
+    with pytest.raises(checks.MemoryFullError) as caught, checks.memory_advice("sft", TrainConfig(batch_size=7, max_length=640)):
+        raise error
+    for field in ("sft.batch_size=7", "sft.gradient_accumulation_steps=1", "sft.max_length=640", "sft.gradient_checkpointing=true"):
+        assert field in str(caught.value)
+    with pytest.raises(RuntimeError, match="something else"), checks.memory_advice("sft", TrainConfig()):
+        raise RuntimeError("something else")
+    with pytest.raises(checks.MemoryFullError, match=r"lower sample.batch_size=32, sample.max_new_tokens"):
+        with checks.memory_advice("sample", SampleConfig()):
+            raise error
+
+
+def test_full_memory_ends_with_one_message(run, checkpoint, tmp_path, monkeypatch):
+    import torch
+
+    from a2d_core.stages import convert
+
+    def convert_run(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(convert, "run", convert_run)
+    code, _, err = run("convert", "--output-dir", tmp_path / "out")
+    assert code == 1
+    assert err.startswith("error: CUDA ran out of memory in convert")

@@ -1,0 +1,154 @@
+"""The launcher: results, errors and signals of one process and of several."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from a2d_core import launch
+from a2d_core.config import UserError
+
+HERE = Path(__file__).resolve().parent
+
+
+# The functions that the workers call: they find this file on PYTHONPATH.
+
+
+def sum_of_ranks(start: int) -> dict:
+    import torch
+
+    rank = torch.tensor([torch.distributed.get_rank() + start])
+    torch.distributed.all_reduce(rank)
+    return {
+        "sum": int(rank),
+        "world": torch.distributed.get_world_size(),
+        "threads": torch.get_num_threads(),
+        "spin": os.environ["GOMP_SPINCOUNT"],
+    }
+
+
+def fail_in_rank_one(how: str) -> None:
+    import torch
+
+    if torch.distributed.get_rank() == 1:
+        if how == "user":
+            raise UserError("max_length=7 is not a multiple of 4: use 4")
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ZeroDivisionError("the loss has no tokens")
+    torch.distributed.barrier()
+
+
+def write_pids_and_sleep(folder: str) -> None:
+    import torch
+
+    (Path(folder) / f"{torch.distributed.get_rank()}.pid").write_text(f"{os.getpid()} {os.getppid()}")
+    time.sleep(120)
+
+
+def echo(**kwargs) -> dict:
+    return kwargs | {"pid": os.getpid()}
+
+
+def refuse(message: str) -> None:
+    raise UserError(message)
+
+
+@pytest.fixture(autouse=True)
+def workers_find_this_file(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+
+
+def test_one_process_is_called_in_place():
+    assert launch.run("test_launch:echo", {"a": [1, None]}, processes=1) == {"a": [1, None], "pid": os.getpid()}
+    with pytest.raises(UserError, match="no such thing"):
+        launch.run("test_launch:refuse", {"message": "no such thing"}, processes=1)
+
+
+def test_arguments_arrive_the_same_whatever_the_number_of_processes():
+    assert launch.run("test_launch:echo", {"a": (1, 2)}, processes=1)["a"] == [1, 2]
+    with pytest.raises(TypeError):
+        launch.run("test_launch:echo", {"a": Path("x")}, processes=1)
+    with pytest.raises(UserError, match="at least 1, not 0"):
+        launch.run("test_launch:echo", {}, processes=0)
+
+
+def test_two_processes_meet_and_share_the_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert launch.run("test_launch:sum_of_ranks", {"start": 10}, processes=2) == {"sum": 21, "world": 2, "threads": 1, "spin": "0"}
+
+
+def test_threads_are_divided_and_never_none(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert launch.environment(3)["OMP_NUM_THREADS"] == "2"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert launch.environment(10_000)["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_users_mistake_in_one_rank_comes_back_word_for_word(capfd):
+    with pytest.raises(UserError) as caught:
+        launch.run("test_launch:fail_in_rank_one", {"how": "user"}, processes=2)
+    assert str(caught.value) == "max_length=7 is not a multiple of 4: use 4"
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_an_error_in_one_rank_comes_back_with_its_traceback():
+    with pytest.raises(launch.WorkerError, match="rank 1 failed: ZeroDivisionError: the loss has no tokens") as caught:
+        launch.run("test_launch:fail_in_rank_one", {"how": "error"}, processes=2)
+    assert "fail_in_rank_one" in str(caught.value)
+    assert (caught.value.rank, caught.value.kind) == (1, "ZeroDivisionError")
+
+
+def test_a_killed_rank_is_named():
+    with pytest.raises(launch.WorkerError, match=r"rank 1 ended without a message \(SIGKILL\)") as caught:
+        launch.run("test_launch:fail_in_rank_one", {"how": "killed"}, processes=2)
+    assert caught.value.kind == "SIGKILL"
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["SIGKILL", "SIGTERM", "SIGINT"])
+def test_a_stopped_parent_leaves_no_orphan(tmp_path, signal_number):
+    program = f"""
+        from a2d_core import launch
+        launch.run("test_launch:write_pids_and_sleep", {{"folder": {str(tmp_path)!r}}}, processes=2)
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        _until(lambda: len(_pids(tmp_path)) == 3 or parent.poll() is not None, seconds=120)
+        assert parent.poll() is None, f"the parent ended early with {parent.returncode}"
+        parent.send_signal(signal_number)
+        parent.wait(60)
+        assert parent.returncode == -signal_number
+        _until(lambda: not any(_alive(pid) for pid in _pids(tmp_path)), seconds=60)
+    finally:
+        for pid in {parent.pid, *_pids(tmp_path)}:
+            if _alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        parent.wait(10)
+
+
+def _pids(folder: Path) -> set[int]:
+    """Process ids of the workers and of their agent, as far as written."""
+    return {int(pid) for path in folder.glob("*.pid") for pid in path.read_text().split()}
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not yet waited for does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def _until(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"it did not happen within {seconds} seconds"
+        time.sleep(0.1)
