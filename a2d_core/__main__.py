@@ -14,6 +14,7 @@ import argparse
 import ast
 import dataclasses
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for the user's mistakes, 1 for what else failed and is explained."""
     args = parser().parse_args(arguments)
     tracking.quiet()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for people
     try:
         args.run(args)
     except UserError as error:

@@ -45,16 +45,19 @@ def load_documents(spec: str, config: TrainConfig, seed: int = 0) -> tuple[Datas
     `embedded:corpus`. Held out is `config.eval_split`, or `eval_fraction` of the rows, drawn by `seed`; of a single
     document its end; `embedded:corpus` has its own. Raises `UserError` for a missing file, data set, split or column.
     """
-    parts = _load(spec, config, seed, cut_field=config.text_field)
+    field = config.text_field
+    parts = _load(spec, config, seed)
     for part in parts:
-        _require_columns(part, spec, text_field=config.text_field)
-        kind = part.features[config.text_field]
-        require(
-            getattr(kind, "dtype", None) in ("string", "large_string"),
-            f"column '{config.text_field}' of data set '{spec}' holds {kind}, not text: name a column of text as text_field",
-        )
-    train, held_out = (part.select_columns([config.text_field]) for part in parts)
-    return train, held_out
+        _require_columns(part, spec, text_field=field)
+        kind = part.features[field]
+        is_text = getattr(kind, "dtype", None) in ("string", "large_string")
+        require(is_text, f"column '{field}' of data set '{spec}' holds {kind}, not text: name a column of text as text_field")
+    parts = tuple(part.select_columns([field]) for part in parts)
+    if len(parts) == 1 and len(parts[0]) == 1:
+        text = parts[0][0][field]
+        end = len(text) - max(1, round(config.eval_fraction * len(text)))
+        return Dataset.from_dict({field: [text[:end]]}), Dataset.from_dict({field: [text[end:]]})
+    return _held_out(parts, spec, config, seed)
 
 
 def load_conversations(spec: str, config: TrainConfig, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -64,33 +67,39 @@ def load_conversations(spec: str, config: TrainConfig, seed: int = 0) -> tuple[D
     that fits is read: `prompt_field` with `response_field`; `messages_field`, `messages` or `conversations`, with keys
     role/content or from/value (human, gpt); the Alpaca columns instruction, input (may be missing or empty) and output.
     """
-    train, held_out = (_to_messages(part, spec, config) for part in _load(spec, config, seed))
-    return train, held_out
+    parts = tuple(_to_messages(part, spec, config) for part in _load(spec, config, seed))
+    return _held_out(parts, spec, config, seed)
 
 
-def _load(spec: str, config: TrainConfig, seed: int, cut_field: str | None = None) -> tuple[Dataset, Dataset]:
+def _load(spec: str, config: TrainConfig, seed: int) -> tuple[Dataset, ...]:
+    """The training part, and the held-out part where the data set or `eval_split` says what it is."""
     if spec.startswith("embedded:"):
-        return _load_embedded(spec, seed)
-    train = _load_split(spec, config.dataset_config, config.train_split)
-    if config.eval_split:
-        return train, _load_split(spec, config.dataset_config, config.eval_split)
-    if len(train) == 1 and cut_field in train.column_names:
-        text = str(train[0][cut_field])
-        end = len(text) - max(1, round(config.eval_fraction * len(text)))
-        return Dataset.from_dict({cut_field: [text[:end]]}), Dataset.from_dict({cut_field: [text[end:]]})
-    require(len(train) >= 2, f"data set '{spec}' has {len(train)} rows in split '{config.train_split}': name an eval_split, or add rows")
-    held_out = min(max(1, round(config.eval_fraction * len(train))), len(train) - 1)
-    parts = train.train_test_split(test_size=held_out, seed=seed)
-    return parts["train"], parts["test"]
+        return _load_embedded(spec, config, seed)
+    splits = filter(None, [config.train_split, config.eval_split])
+    return tuple(_load_split(spec, config.dataset_config, split) for split in splits)
 
 
-def _load_embedded(spec: str, seed: int) -> tuple[Dataset, Dataset]:
+def _load_embedded(spec: str, config: TrainConfig, seed: int) -> tuple[Dataset, Dataset]:
     if spec == "embedded:corpus":
         train, held_out = embedded.corpus_split()
         return Dataset.from_dict({"text": list(train)}), Dataset.from_dict({"text": list(held_out)})
     require(spec == "embedded:tasks", f"unknown data set '{spec}': choose embedded:corpus (text) or embedded:tasks (conversations)")
-    train_rows, test_rows = embedded.instructions("train", EMBEDDED_ROWS, seed), embedded.instructions("test")
-    return Dataset.from_list(train_rows), Dataset.from_list(test_rows)
+    wanted = config.max_steps * config.batch_size * config.gradient_accumulation_steps
+    rows = min(wanted, EMBEDDED_ROWS) if wanted > 0 else EMBEDDED_ROWS
+    return Dataset.from_list(embedded.instructions("train", rows, seed)), Dataset.from_list(embedded.instructions("test"))
+
+
+def _held_out(parts: tuple[Dataset, ...], spec: str, config: TrainConfig, seed: int) -> tuple[Dataset, Dataset]:
+    """The two parts; where there is one, `eval_fraction` of its rows, at least one on both sides, are held out."""
+    if len(parts) == 2:
+        return parts
+    rows = len(parts[0])
+    require(
+        rows >= 2, f"data set '{spec}' has {rows} rows in split '{config.train_split}', none to hold out: add rows, or name an eval_split"
+    )
+    count = min(max(1, round(config.eval_fraction * rows)), rows - 1)
+    divided = parts[0].train_test_split(test_size=count, seed=seed)
+    return divided["train"], divided["test"]
 
 
 def _load_split(spec: str, dataset_config: str | None, split: str) -> Dataset:
@@ -100,8 +109,9 @@ def _load_split(spec: str, dataset_config: str | None, split: str) -> Dataset:
         splits = dataset if isinstance(dataset, DatasetDict) else DatasetDict({split: dataset})
         require(split in splits, f"data set '{spec}' has no split '{split}': its splits are {', '.join(splits)}")
         return splits[split]
+    source = _source(spec, path)
     try:
-        return load_dataset(**_source(spec, path), name=dataset_config, split=split)
+        return load_dataset(**source, name=dataset_config, split=split)
     except (OSError, ValueError, DatasetsError) as error:
         remedy = "" if path.exists() else (
             ". Check the name; for a gated or private data set set HF_TOKEN to a token of an account that may read it; "
@@ -134,7 +144,11 @@ def _require_columns(dataset: Dataset, spec: str, **fields: str) -> None:
 
 def _to_messages(dataset: Dataset, spec: str, config: TrainConfig) -> Dataset:
     read = _messages_reader(dataset, spec, config)
-    return dataset.map(lambda row: {"messages": read(row)}, remove_columns=dataset.column_names, desc="reading conversations")
+
+    def read_all(batch: dict[str, list[Any]]) -> dict[str, list[Messages]]:
+        return {"messages": [read(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]}
+
+    return dataset.map(read_all, batched=True, remove_columns=dataset.column_names, desc="reading conversations")
 
 
 def _messages_reader(dataset: Dataset, spec: str, config: TrainConfig) -> Callable[[dict[str, Any]], Messages]:
@@ -146,17 +160,25 @@ def _messages_reader(dataset: Dataset, spec: str, config: TrainConfig) -> Callab
     columns = dataset.column_names
     for field in (config.messages_field, "messages", "conversations"):
         if field in columns:
-            first = next(iter(dataset[0][field] or []), None)
-            keys = set(first) if isinstance(first, dict) else {type(first).__name__}
-            names = ("role", "content") if keys >= {"role", "content"} else ("from", "value")
-            known = f"column '{field}' of data set '{spec}' holds {', '.join(sorted(keys))}: messages are lists of role/content or from/value"
-            require(keys >= set(names), known)
-            return lambda row: [_message(message[names[0]], message[names[1]]) for message in row[field]]
+            role, content = _message_keys(dataset, field, spec)
+            return lambda row: [_message(message[role], message[content]) for message in row[field] or []]
     if {"instruction", "output"} <= set(columns):
         return lambda row: _exchange("\n\n".join(filter(None, [row["instruction"], row.get("input")])), row["output"])
     raise UserError(
         f"data set '{spec}' has no column '{config.messages_field}': its columns are {', '.join(columns)}; "
         "name the one with messages as messages_field, or two as prompt_field and response_field"
+    )
+
+
+def _message_keys(dataset: Dataset, field: str, spec: str) -> tuple[str, str]:
+    """The names of a message's role and of its content, read from the first conversation that has a message."""
+    first = next((messages for messages in dataset[field] if messages), None)
+    keys = set(first[0]) if isinstance(first, list) and isinstance(first[0], dict) else set()
+    for names in (("role", "content"), ("from", "value")):
+        if keys >= set(names):
+            return names
+    raise UserError(
+        f"column '{field}' of data set '{spec}' holds {dataset.features[field]}: it must hold lists of role/content or from/value"
     )
 
 
@@ -217,7 +239,8 @@ def conversation_rows(
 
     def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         turns = [turn for messages in batch["messages"] for turn in _rendered_turns(messages, tokenizer)]
-        prompts, wholes = (tokenizer([turn[part] for turn in turns], add_special_tokens=False, verbose=False)["input_ids"] for part in (0, 1))
+        prompts, wholes = ([turn[part] for turn in turns] for part in (0, 1))
+        prompts, wholes = (tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] for texts in (prompts, wholes))
         rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "dropped": []}
         for prompt, whole, (_, _, reason) in zip(prompts, wholes, turns, strict=True):
             ids = prompt + _closed(whole[len(prompt) :], closing, tokenizer)
@@ -234,7 +257,7 @@ def conversation_rows(
     rows = dataset.map(tokenise, batched=True, remove_columns=dataset.column_names, features=features, desc="tokenising conversations")
     reasons = rows["dropped"][:]
     dropped = dict(Counter(filter(None, reasons)))
-    require(sum(dropped.values()) < len(rows), f"no conversation is left to train on; dropped: {dropped}. Mend the data, or raise max_length")
+    require(sum(dropped.values()) < len(rows), f"no conversation is left; dropped were {dropped}: mend the data, or raise max_length")
     if dropped:
         rows = rows.select([index for index, reason in enumerate(reasons) if not reason])
     return _numbered(rows.remove_columns("dropped")), dropped

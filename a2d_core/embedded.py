@@ -145,7 +145,8 @@ TEST_WORDS = 200
 @functools.cache
 def words() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(train, test) words of 3 to 6 letters that at least three documents of the corpus use; 200 are test words."""
-    in_documents = Counter(word for document in corpus() for word in set(re.findall(r"(?<![\w.`'\"-])[a-z]{3,6}(?![\w.(`'\"=-])", document)))
+    word_alone = re.compile(r"(?<![\w.`'\"-])[a-z]{3,6}(?![\w.(`'\"=-])")  # not part of a name, a call or a literal
+    in_documents = Counter(word for document in corpus() for word in set(word_alone.findall(document)))
     real = sorted((word for word, count in in_documents.items() if count >= 3), key=_digest)
     return tuple(real[TEST_WORDS:]), tuple(real[:TEST_WORDS])
 
@@ -257,7 +258,7 @@ def build_base(size: str = "tiny", seed: int = 0) -> Path:
         return directory
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        lock = open(directory.with_suffix(".lock"), "w")  # noqa: SIM115 (closed below)
+        lock = directory.with_suffix(".lock").open("w")
     except OSError as error:
         raise UserError(f"cannot write the cache directory {cache} ({error.strerror}): set A2D_CACHE to one that you can write") from error
     with lock:
@@ -304,7 +305,7 @@ def _next_token_loss(model: Qwen3ForCausalLM, input_ids_BL: torch.Tensor) -> tor
 
 def _tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """The documents as one line of token ids, each closed by the end-of-sequence token."""
-    encoded = [ids + [tokenizer.eos_token_id] for ids in tokenizer(list(documents), verbose=False)["input_ids"]]
+    encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(documents), verbose=False)["input_ids"]]
     return torch.tensor([token for ids in encoded for token in ids])
 
 
@@ -325,6 +326,6 @@ def _build(directory: Path, recipe: Size, tokenizer: PreTrainedTokenizerFast, se
         record = {"steps": recipe.steps, "seconds": round(time.monotonic() - started, 1), **losses}
         (unfinished / "training.json").write_text(json.dumps(record, indent=2) + "\n")
         unfinished.chmod(0o755)
-        os.replace(unfinished, directory)
+        unfinished.replace(directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

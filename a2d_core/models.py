@@ -13,12 +13,14 @@ import dataclasses
 import gc
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from a2d_core import objectives
@@ -99,13 +101,14 @@ class DiffusionModel(nn.Module):
     def hidden(self, input_ids_BQ: Tensor, slots: Slots, cached: Slots | None = None, cache: DynamicCache | None = None) -> Tensor:
         """Final hidden states [B, Q, H]. With a cache, the queries also see the `cached` slots and are appended to it."""
         key = cached.then(slots) if cached is not None else slots
-        output = self.network.base_model(
-            input_ids=input_ids_BQ,
-            attention_mask=self._masks(slots, key),
-            position_ids=slots.position,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        with self._attention_kernel():
+            output = self.network.base_model(
+                input_ids=input_ids_BQ,
+                attention_mask=self._masks(slots, key),
+                position_ids=slots.position,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
         return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -122,6 +125,11 @@ class DiffusionModel(nn.Module):
         self.network.config.a2d = dataclasses.asdict(spec)
         self.network.save_pretrained(directory, state_dict=state_dict)
         self.tokenizer.save_pretrained(directory)
+
+    def _attention_kernel(self) -> AbstractContextManager[Any]:
+        """The plain attention kernel where bfloat16 is trained on a CPU: the fused one's backward takes ten times as long there."""
+        slow = self.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+        return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
     def _masks(self, query: Slots, key: Slots) -> Tensor | dict[str, Tensor]:
         config = self.network.config

@@ -108,7 +108,8 @@ def memory_advice(stage: str, config: Any) -> Iterator[None]:
             )
             if config.precision == "float32":
                 advice += f" and {stage}.precision=bfloat16"
+        elif hasattr(config, "batch_size"):
+            advice = f"lower {stage}.batch_size={config.batch_size} or sample.max_new_tokens"
         else:
-            advice = f"lower {stage}.batch_size={config.batch_size}"
-            advice += ", sample.max_new_tokens" if stage in ("sample", "evaluate") else ""
+            advice = "the model itself does not fit: take a smaller one, or a device with more memory"
         raise MemoryFullError(f"CUDA ran out of memory in {stage}: {advice}") from error
