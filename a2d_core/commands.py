@@ -89,7 +89,11 @@ def chat(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Score, and print the table."""
     tasks = args.tasks.split(",") if args.tasks else None
-    options = [_option("evaluate.tasks", tasks), f"evaluate.text_dataset={args.dataset}" if args.dataset else None]
+    options = [
+        _option("evaluate.tasks", tasks),
+        _option("evaluate.baseline", bool(args.baseline)),
+        f"evaluate.text_dataset={args.dataset}" if args.dataset else None,
+    ]
     recipe = _resolve_for_model(args, options)
     with _work(args, recipe, inputs=(args.model, args.baseline, args.source)) as output_dir:
         from a2d_core.stages import evaluate as stage

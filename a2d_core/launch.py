@@ -204,6 +204,8 @@ def _worker(folder: Path, parent: int) -> None:
         if isinstance(error, UserError):
             told["kind"] = "UserError"
         _write(folder / f"error-{rank}.json", told)
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(1)  # at once: a normal exit would wait for peers that wait for this one
 
 

@@ -27,7 +27,7 @@ class Estimate:
     nats_BL: Tensor
     """The part of it that falls on each position."""
     stderr_B: Tensor
-    """Standard error over the samples; they are stratified, so it errs on the large side. Not a number for one sample."""
+    """Standard error over the samples; they are stratified, so it errs on the large side. NaN for one sample."""
     tokens_B: Tensor
     """Scored tokens."""
 
@@ -63,4 +63,5 @@ def nelbo(
         layout = objective.layout(input_ids_BL, valid_BL, is_masked_KBL[views], weight_KBL[views], noised_blocks)
         nats_KBL[views].view(-1).index_add_(0, layout.token_M, (forward or model)(layout) * layout.weight_M)
     nats_KB = nats_KBL.sum(-1)
-    return Estimate(nats_KB.mean(0), nats_KBL.mean(0), nats_KB.std(0) / samples**0.5, is_maskable_BL.sum(1))
+    spread_B = nats_KB.std(0) if samples > 1 else torch.full_like(nats_KB[0], torch.nan)
+    return Estimate(nats_KB.mean(0), nats_KBL.mean(0), spread_B / samples**0.5, is_maskable_BL.sum(1))

@@ -101,7 +101,7 @@ class DiffusionModel(nn.Module):
     def hidden(self, input_ids_BQ: Tensor, slots: Slots, cached: Slots | None = None, cache: DynamicCache | None = None) -> Tensor:
         """Final hidden states [B, Q, H]. With a cache, the queries also see the `cached` slots and are appended to it."""
         key = cached.then(slots) if cached is not None else slots
-        with self._attention_kernel():
+        with attention_kernel(self.device):
             output = self.network.base_model(
                 input_ids=input_ids_BQ,
                 attention_mask=self._masks(slots, key),
@@ -126,11 +126,6 @@ class DiffusionModel(nn.Module):
         self.network.save_pretrained(directory, state_dict=state_dict)
         self.tokenizer.save_pretrained(directory)
 
-    def _attention_kernel(self) -> AbstractContextManager[Any]:
-        """The plain attention kernel where bfloat16 is trained on a CPU: the fused one's backward takes ten times as long there."""
-        slow = self.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
-        return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
-
     def _masks(self, query: Slots, key: Slots) -> Tensor | dict[str, Tensor]:
         config = self.network.config
         implementation = config._attn_implementation
@@ -142,6 +137,19 @@ class DiffusionModel(nn.Module):
         if "sliding_attention" in layers:
             masks["sliding_attention"] = network_mask(query, key, implementation, self.network.dtype, window)
         return masks
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the hardware has bfloat16 matrix products of its own: on other CPUs they are slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
+def attention_kernel(device: torch.device) -> AbstractContextManager[Any]:
+    """The plain attention kernel where bfloat16 is trained on a CPU: the fused one's backward takes ten times as long there."""
+    is_slow = device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if is_slow else nullcontext()
 
 
 def load(
@@ -264,7 +272,7 @@ def _refuse_unsupported(config: Any) -> None:
     strange = set(getattr(config, "layer_types", None) or ()) - _ATTENTION_LAYERS
     require(
         not strange,
-        f"{name} is a hybrid with {', '.join(sorted(strange))} layers, which cannot be made bidirectional: "
+        f"{name} has {', '.join(sorted(strange))} layers (a recurrent or hybrid model), which cannot be made bidirectional: "
         "choose an attention-only decoder, such as Qwen3 or Llama",
     )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
@@ -24,16 +26,16 @@ class DiffusionLanguageModel(PythonModel):
         self.config = build(SampleConfig, context.model_config["sample"], "sample")
         self.model = models.load(context.artifacts["checkpoint"])
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # hints would replace the signature
-        """One answer per prompt."""
+    def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
+        """One answer per row. (Any other hint on `model_input` would replace the signature, and drop its parameters.)"""
         from a2d_core import sampling
 
-        tokenizer, given = self.model.tokenizer, dict(params or {})
-        changes = {name: given[name] for name in ("max_new_tokens", "temperature") if name in given}
+        tokenizer, given = self.model.tokenizer, params or {}
+        changes: dict[str, Any] = {name: given[name] for name in ("max_new_tokens", "temperature") if name in given}
         unset = {"threshold": "threshold", "block_size": "block_size", "steps": "steps_per_block"}
         changes |= {field: given[name] or None for name, field in unset.items() if name in given}
         config = replace(self.config, **changes)
-        texts = [str(text) for text in (model_input["prompt"] if hasattr(model_input, "columns") else model_input)]
+        texts = [str(text) for text in model_input["prompt"]]
         if config.chat:
             turns = [[{"role": "user", "content": text}] for text in texts]
             prompts = [list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)) for turn in turns]

@@ -6,7 +6,7 @@ A version carries tags that lead back to its run, `review=pending`, and the alia
 from __future__ import annotations
 
 import hashlib
-import json
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,14 @@ def _log(model_dir: str | Path, sample: SampleConfig) -> Any:
         ParamSpec("block_size", "integer", sample.block_size or 0),
         ParamSpec("steps", "integer", sample.steps_per_block or 0),
     ]
-    return mlflow.pyfunc.log_model(
-        name="model",
-        python_model=str(package / "pyfunc_model.py"),
-        artifacts={"checkpoint": str(model_dir)},
-        code_paths=[str(package)],  # so that the version loads where there is no checkout
-        model_config={"sample": json.loads(json.dumps(to_dict(sample)))},
-        pip_requirements=[f"{package}=={version(package).split('+')[0]}" for package in REQUIREMENTS],
-        signature=ModelSignature(Schema([ColSpec("string", "prompt")]), Schema([ColSpec("string")]), ParamSchema(params)),
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*An input example was not provided")  # it would be run, on whatever machine this is
+        return mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(package / "pyfunc_model.py"),
+            artifacts={"checkpoint": str(model_dir)},
+            code_paths=[str(package)],  # so that the version loads where there is no checkout
+            model_config={"sample": to_dict(sample)},
+            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS],
+            signature=ModelSignature(Schema([ColSpec("string", "prompt")]), Schema([ColSpec("string")]), ParamSchema(params)),
+        )

@@ -7,6 +7,7 @@ Functions that log act on the active run, which `stage_run` opens.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -49,13 +50,13 @@ def default_uri(config: TrackingConfig | None = None) -> str:
 
 def check_server(uri: str) -> None:
     """Make sure, within seconds, that tracking works (a new local database is set up); raise `UserError` with the remedy."""
-    import mlflow
-
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # the set-up of a database is not the user's news
-    mlflow.set_tracking_uri(uri)
     try:
-        with impatience():
+        with _no_collection(), impatience():
+            import mlflow
+
+            for name in ("alembic", "mlflow"):
+                logging.getLogger(name).setLevel(logging.WARNING)  # the set-up of a database is no news
+            mlflow.set_tracking_uri(uri)
             mlflow.MlflowClient().search_experiments(max_results=1)
     except Exception as error:  # every kind of store has its own: connection, database, permission
         cause = str(error).splitlines()[0][:200]
@@ -143,7 +144,7 @@ def log_evaluation(results: dict[str, Any], output_dir: str | Path) -> None:
 
     numbers = evaluation_numbers(results)
     log_numbers(numbers, summary={name: value for name, value in numbers.items() if not name.endswith(("_stderr", "_chance"))})
-    for file in ("results.json", "lm_eval.json"):
+    for file in ("results.json", "lm_eval.json", "lm_eval_baseline.json"):
         if (Path(output_dir) / file).exists():
             mlflow.log_artifact(str(Path(output_dir) / file))
 
@@ -247,3 +248,19 @@ def impatience() -> Iterator[None]:
     finally:
         for name in mine:
             del os.environ[name]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Load modules that stay: the garbage collector neither looks at them meanwhile nor ever again, not even at the exit.
+
+    Of the two and a half seconds that MLflow takes to come and go, that is more than one.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_on:
+            gc.enable()

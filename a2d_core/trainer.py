@@ -29,7 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from a2d_core import likelihood, noise
 from a2d_core.config import TrainConfig, UserError, require
 from a2d_core.loss import weighted_mean
-from a2d_core.models import DiffusionModel
+from a2d_core.models import DiffusionModel, multiplies_bfloat16
 
 EVAL_SEED = 20_503_09573
 """Seed of the evaluation noise: the same for every checkpoint, so that their scores can be compared."""
@@ -333,13 +333,6 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
         ddp_broadcast_buffers=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the hardware has bfloat16 matrix products of its own: on other CPUs they are slower than float32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def _is_fill(labels_BL: Tensor, eos: int) -> Tensor:

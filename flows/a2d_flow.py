@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -25,6 +26,8 @@ from a2d_core import follow, presets, store, tracking  # noqa: E402
 from a2d_core.config import OBJECTIVES, Recipe, build, require, to_dict  # noqa: E402
 
 tracking.quiet()
+os.environ.setdefault("TQDM_DISABLE", "1")  # a step prints into a log, where progress bars are noise
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 OBJECTIVE = click.Choice(OBJECTIVES)
 OBJECTIVE.__name__ = "str"  # the name of the type in a deployed workflow
@@ -192,6 +195,7 @@ class A2DFlow(FlowSpec):
             tempfile.TemporaryDirectory(prefix=f"a2d-{name}-") as room,
         ):
             yield recipe, Path(room), run_id
+        gc.freeze()  # the process ends now: to take apart all that it has loaded would cost more than a second
 
     def _is_on(self, config: Any, name: str) -> bool:
         """Whether a stage is enabled; says so where it is not."""

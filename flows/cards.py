@@ -24,6 +24,8 @@ NUMBERS = {
     **SIDE_CURVES,
     "memory_mb": "memory, MiB",
 }
+TASK_HEAD = ("task", "metric", "score", "chance", "untrained", "documents")
+TEXT_HEAD = ("held-out text", "nats per token")
 MOST_POINTS = 400
 """Points of a curve on a card; a longer one is thinned."""
 
@@ -92,39 +94,35 @@ def show_evaluation(card: Any, recipe: Recipe, results: dict[str, Any] | None) -
         card.append(Markdown("Switched off by `evaluate.enabled=false`."))
         return
     if results["tasks"]:
-        card.append(
-            Table([list(row) for row in task_rows(results)], headers=["task", "metric", "score", "chance", "untrained", "documents"])
-        )
+        card.append(Table([list(row) for row in task_rows(results)], headers=list(TASK_HEAD)))
         card.append(VegaChart(score_bars(results["tasks"])))
     if results["text"]:
-        card.append(Markdown("## Held-out text"))
-        card.append(Table([list(row) for row in text_rows(results["text"])], headers=["", "nats per token"]))
+        card.append(Table([list(row) for row in text_rows(results["text"])], headers=list(TEXT_HEAD)))
+        text = results["text"]
+        card.append(
+            Markdown(f"{text['tokens']:,} tokens; the NELBO bounds the perplexity per token: at most {text['perplexity_bound']:.2f}")
+        )
 
 
 def closing_words(recipe: Recipe, results: dict[str, Any] | None, registered: Row | None, model: Path | None, uri: str, run_id: str) -> str:
     """What the end of a run prints: its numbers, and the commands that show more."""
-    lines = [f"A2D is done: {recipe.name}, {recipe.objective}, seed {recipe.seed}."]
-    if results:
-        scores = [
-            (f"{task} {metric}", score, f"chance {chance}", f"untrained {base}")
-            for task, metric, score, chance, base, _ in task_rows(results)
-        ]
-        lines += ["", *aligned(scores)]
-        lines += ["", *aligned(text_rows(results["text"]))] if results["text"] else []
-    flow = shlex.quote(os.path.relpath(sys.argv[0]))
-    cards = [f"{tool('python')} {flow} card view {run_id}/{step}" for step in ("pretrain", "sft", "sample", "evaluate")]
-    look = [("cards", command) for command in cards]
-    if uri.startswith("sqlite:"):
-        look.append(("MLflow", f"{tool('mlflow')} ui --backend-store-uri {uri}"))
-    else:
-        look.append(("MLflow", uri))
+    lines = [f"A2D is done: {recipe.name}, {recipe.objective}, seed {recipe.seed}.", ""]
+    if results and results["tasks"]:
+        lines += [*aligned([TASK_HEAD[:-1], *(row[:-1] for row in task_rows(results))]), ""]
+    if results and results["text"]:
+        lines += [*aligned([TEXT_HEAD, *text_rows(results["text"])]), ""]
+    is_local = uri.startswith("sqlite:")
+    look = [
+        ("cards", f"{tool('python')} {short(sys.argv[0])} card server --run-id {run_id}"),
+        ("MLflow", f"{tool('mlflow')} ui --backend-store-uri {uri}" if is_local else uri),
+    ]
     if registered:
         look.append(("registered", f"{registered['name']} version {registered['version']}, alias candidate, review pending"))
     if model:
-        look.append(("chat", f"{tool('python')} -m a2d_core chat --model {shlex.quote(os.path.relpath(model))}"))
+        look.append(("chat", f"{tool('python')} -m a2d_core chat --model {short(model)}"))
     elif registered:
         look.append(("download", f"mlflow artifacts download --artifact-uri {registered['uri']} --dst-path model"))
-    return "\n".join([*lines, "", *aligned(look)])
+    return "\n".join([*lines, *aligned(look)])
 
 
 # --- rows ---
@@ -133,7 +131,7 @@ def closing_words(recipe: Recipe, results: dict[str, Any] | None, registered: Ro
 def task_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """A row per task: task, metric, value ± standard error, chance, untrained baseline, documents."""
     return [
-        (t["task"], t["metric"], estimate(t["value"], t["stderr"]), number(t["chance"]), number(t["baseline"]), f"{t['documents']:,}")
+        (t["task"], t["metric"], estimate(t["value"], t["stderr"]), estimate(t["chance"]), estimate(t["baseline"]), f"{t['documents']:,}")
         for t in results["tasks"]
     ]
 
@@ -141,14 +139,15 @@ def task_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
 def text_rows(text: Row) -> list[tuple[str, str]]:
     """The NELBO of held-out text, and beside it the autoregressive source's own loss on the same tokens."""
     rows = [("diffusion model, NELBO", estimate(text["nelbo"], text["stderr"]))]
-    if text["ar_nll"] is not None:
-        rows.append(("autoregressive source, loss", f"{text['ar_nll']:.3f}"))
-    return [*rows, ("perplexity, at most", f"{text['perplexity_bound']:.2f}"), ("tokens scored", f"{text['tokens']:,}")]
+    for name, meaning in (("baseline_nelbo", "untrained checkpoint, NELBO"), ("ar_nll", "autoregressive source, loss")):
+        if text.get(name) is not None:
+            rows.append((meaning, f"{text[name]:.3f}"))
+    return rows
 
 
-def estimate(value: float, stderr: float | None) -> str:
-    """An estimate with its standard error, where it has one."""
-    return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
+def estimate(value: float | None, stderr: float | None = None) -> str:
+    """A score with its standard error, where it has one."""
+    return "–" if value is None else f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
 
 
 def number(value: float | None) -> str:
@@ -172,11 +171,13 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 def tool(name: str) -> str:
     """A program of this run's environment: by its name where that finds it, else by its path."""
-    path = Path(sys.executable).with_name(name)
-    found = shutil.which(name)
-    if found and Path(found).parent == path.parent:
-        return name
-    return shlex.quote(min(str(path), os.path.relpath(path), key=len))
+    path, found = Path(sys.executable).with_name(name), shutil.which(name)
+    return name if found and Path(found).parent == path.parent else short(path)
+
+
+def short(path: str | Path) -> str:
+    """A path as one types it: from the working directory, where that is shorter."""
+    return shlex.quote(min(str(Path(path).absolute()), os.path.relpath(path), key=len))
 
 
 # --- charts (Vega-Lite) ---

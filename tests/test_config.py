@@ -112,7 +112,7 @@ def test_an_override_is_a_path_and_a_value(text, path, value):
 
 @pytest.mark.parametrize("text", ["sft.max_steps", "=3", " =3", ""])
 def test_an_override_without_path_or_value_is_refused(text):
-    with pytest.raises(UserError, match="is not of the form stage.field=value"):
+    with pytest.raises(UserError, match=r"is not of the form stage\.field=value"):
         config.parse_override(text)
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["config", "noise", "loss"],
     ["attention", "objectives", "store", "launch", "presets", "follow"],
-    ["models", "embedded", "data", "tracking"],
+    ["models", "embedded", "data", "tracking", "tasks"],
     ["likelihood", "sampling"],
     ["trainer", "harness", "pyfunc_model", "registry", "chat"],
     ["stages"],

@@ -13,9 +13,7 @@ def run(
     config: RegisterConfig, model_dir: str | Path, *, name: str, tags: dict[str, str], metrics: dict[str, Any], sample: SampleConfig
 ) -> dict[str, Any]:
     """Register a checkpoint under `name` in the active MLflow run; return {"name", "version", "uri"}."""
-    registered = registry.register(model_dir, name=name, tags=tags, metrics=metrics, sample=sample)
-    print(f"registered {registered['name']} version {registered['version']}: alias candidate, review pending")
-    return registered
+    return registry.register(model_dir, name=name, tags=tags, metrics=metrics, sample=sample)
 
 
 def model_name(recipe: Recipe) -> str:
@@ -27,8 +25,14 @@ def model_name(recipe: Recipe) -> str:
 
 
 def gate(results: dict[str, Any] | None) -> str:
-    """What the evaluation says to a reviewer: `passed` where every task beats chance and the untrained model by two
-    standard errors, `failed`, or `open` where nothing was scored that can be compared."""
-    bars = [(t, [b for b in (t["chance"], t["baseline"]) if b is not None]) for t in (results or {}).get("tasks", [])]
-    judged = [t["value"] - 2 * (t["stderr"] or 0.0) > max(lower) for t, lower in bars if lower]
+    """What the evaluation says to a reviewer, in one word.
+
+    `passed`: every task lies two standard errors above chance and the untrained model; `failed`: one does not;
+    `open`: nothing was scored that can be compared.
+    """
+    judged = []
+    for task in (results or {}).get("tasks", []):
+        bars = [bar for bar in (task["chance"], task["baseline"]) if bar is not None]
+        if bars and task.get("higher_is_better") is not False:
+            judged.append(task["value"] - 2 * (task["stderr"] or 0.0) > max(bars))
     return "open" if not judged else "passed" if all(judged) else "failed"

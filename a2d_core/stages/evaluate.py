@@ -1,0 +1,225 @@
+"""Evaluate: score a checkpoint on tasks of lm-eval and on held-out text, beside the untrained model and its autoregressive source."""
+
+# Shapes: B rows of text, L positions, V vocabulary
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
+
+from a2d_core import data, embedded, likelihood, models, tasks
+from a2d_core.config import EvaluateConfig, SampleConfig, TrainConfig, UserError, require
+from a2d_core.harness import DiffusionLM
+from a2d_core.models import DiffusionModel
+from a2d_core.stages import checks
+
+Row = dict[str, Any]
+
+BOOTSTRAP = 1000
+"""Resamples behind the standard error of a metric that has no formula for it."""
+AR_ELEMENTS = 1 << 24
+"""Logits of the autoregressive model held at once: 64 MiB of float32."""
+
+
+def run(
+    config: EvaluateConfig,
+    sample: SampleConfig,
+    model_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    seed: int = 0,
+    baseline_dir: str | Path | None = None,
+    source_dir: str | Path | None = None,
+) -> dict[str, Any]:
+    """Score the checkpoint at `model_dir`; write results.json (what is returned) and lm_eval.json (all that lm-eval says).
+
+    `tasks`: a row for each task, metric and group: value, stderr, `chance` (the embedded tasks), `baseline` (the score of the
+    checkpoint at `baseline_dir`), documents, higher_is_better. `text`: nats per token of held-out rows whose first token is
+    given: `nelbo` with its stderr over rows, `baseline_nelbo`, and `ar_nll`, the loss of the autoregressive model at
+    `source_dir` on the same tokens. Tasks, data and settings are checked before the first forward pass.
+    """
+    output_dir, baseline_dir = Path(output_dir), baseline_dir if config.baseline else None
+    _require_checkpoints(baseline_dir, source_dir)
+    loaded = tasks.load(config)
+    model = models.load(model_dir)
+    rows_BL = held_out_rows(config, model, seed) if config.text_dataset else None
+    results, nats_B = _score(config, sample, model, loaded, rows_BL, seed)
+    device = model.device
+    del model
+    baseline: tuple[Row | None, Tensor | None] = (None, None)
+    if baseline_dir is not None:
+        baseline = _score(config, sample, models.load(baseline_dir), loaded, rows_BL, seed)
+    summary: Row = {"tasks": table(results, baseline[0]) if results else [], "text": None}
+    if rows_BL is not None and nats_B is not None:
+        ar_nll = None if source_dir is None else autoregressive_nll(source_dir, rows_BL, device)
+        summary["text"] = text_summary(nats_B, baseline[1], ar_nll, tokens=rows_BL[:, 1:].numel())
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _write(output_dir / "results.json", summary)
+    for name, content in (("lm_eval.json", results), ("lm_eval_baseline.json", baseline[0])):
+        if content is not None:
+            _write(output_dir / name, content)
+    return summary
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+def score_tasks(config: EvaluateConfig, sample: SampleConfig, model: DiffusionModel, loaded: list[Any], seed: int) -> Row:
+    """The results of lm-eval, with every sample, as its documentation describes them."""
+    lm = DiffusionLM(model, sample=sample, nelbo_samples=config.nelbo_samples, seed=seed, batch_size=config.batch_size)
+    if config.apply_chat_template:
+        lm.apply_chat_template([{"role": "user", "content": "?"}])
+    for task in tasks.leaves(loaded):
+        lm.sampler_for(task.config.generation_kwargs or {})
+    with tasks.quiet(config.code_execution):
+        results = simple_evaluate(
+            model=lm,
+            tasks=loaded,
+            task_manager=TaskManager(include_defaults=False),  # they are loaded: without lm-eval's index of 14,000 files
+            num_fewshot=config.num_fewshot,
+            limit=config.limit,
+            apply_chat_template=config.apply_chat_template,
+            fewshot_as_multiturn=config.apply_chat_template,
+            bootstrap_iters=BOOTSTRAP,
+            log_samples=True,
+            confirm_run_unsafe_code=config.code_execution,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    return json.loads(json.dumps(results, default=handle_non_serializable))
+
+
+def table(results: Row, baseline: Row | None) -> list[Row]:
+    """A row for each task and metric in lm-eval's results, the groups with a mean of their own behind the tasks."""
+    rows = []
+    for name, numbers in results["results"].items():
+        for key in (key for key in numbers if "," in key and "_stderr," not in key):
+            metric, _, variant = key.partition(",")
+            if not isinstance(numbers[key], (int, float)):
+                continue
+            stderr = numbers.get(f"{metric}_stderr,{variant}")
+            rows.append(
+                {
+                    "task": name,
+                    "metric": metric if variant == "none" else f"{metric}/{variant}",
+                    "value": float(numbers[key]),
+                    "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
+                    "chance": _chance(results["group_subtasks"].get(name, [name])) if metric == "exact_match" else None,
+                    "baseline": float(baseline["results"][name][key]) if baseline else None,
+                    "documents": numbers["sample_len"],
+                    "higher_is_better": results["higher_is_better"].get(name, {}).get(metric),
+                }
+            )
+    return rows
+
+
+def _chance(names: list[str]) -> float | None:
+    """The mean chance level of tasks; None unless all of them are the embedded ones."""
+    if not set(names) <= set(embedded.TASKS):
+        return None
+    return sum(map(embedded.chance_level, names)) / len(names)
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def held_out_rows(config: EvaluateConfig, model: DiffusionModel, seed: int) -> Tensor:
+    """rows_BL: token ids of at most `config.text_rows` rows, spread evenly over the held-out part of the text."""
+    spec = str(config.text_dataset)
+    context = getattr(model.network.config.get_text_config(), "max_position_embeddings", None)
+    require(
+        context is None or config.text_length <= context,
+        f"evaluate.text_length={config.text_length} is more than the model's context of {context} positions: lower it",
+    )
+    reading = TrainConfig(dataset=spec, text_field=config.text_field, max_length=config.text_length)
+    _, held_out = data.load_documents(spec, reading, seed)
+    rows = data.pretraining_rows(held_out, model.tokenizer, config.text_field, config.text_length, insert_eos=True)
+    count = min(config.text_rows, len(rows))
+    return torch.tensor(rows.select([place * len(rows) // count for place in range(count)])["input_ids"][:])
+
+
+def score_text(config: EvaluateConfig, model: DiffusionModel, rows_BL: Tensor, seed: int) -> Tensor:
+    """nats_B: the NELBO of each row, its first token given. The noise of a row depends on the seed and its number alone."""
+    labels_BL = rows_BL.clone()
+    labels_BL[:, 0] = -100
+    nats = []
+    for batch in _batches(len(rows_BL), config.batch_size, "scoring held-out text"):
+        ids_BL, batch_labels_BL = rows_BL[batch].to(model.device), labels_BL[batch].to(model.device)
+        valid_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+        rows_B = torch.arange(batch.start, batch.start + len(ids_BL), device=model.device)
+        estimate = likelihood.nelbo(model, ids_BL, batch_labels_BL, valid_BL, samples=config.nelbo_samples, seed=seed, rows_B=rows_B)
+        nats.append(estimate.nats_B.cpu())
+    return torch.cat(nats)
+
+
+@torch.no_grad()
+def autoregressive_nll(source_dir: str | Path, rows_BL: Tensor, device: torch.device) -> float:
+    """The autoregressive model's mean loss, in nats per token, on tokens 1..L-1 of each row given those before them."""
+    try:
+        network = AutoModelForCausalLM.from_pretrained(source_dir, dtype="auto", use_safetensors=True).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the autoregressive model '{source_dir}': {' '.join(str(error).split())}") from error
+    vocabulary = network.config.get_text_config().vocab_size
+    require(
+        int(rows_BL.max()) < vocabulary,
+        f"'{source_dir}' has {vocabulary} tokens and the text has token {int(rows_BL.max())}: it is not the source of this checkpoint",
+    )
+    total, size = 0.0, max(1, AR_ELEMENTS // (rows_BL.shape[1] * vocabulary))
+    for batch in _batches(len(rows_BL), size, "scoring the autoregressive model"):
+        ids_BL = rows_BL[batch].to(device)
+        logits_BLV = network(input_ids=ids_BL, use_cache=False).logits[:, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten(), reduction="sum").item()
+    return total / rows_BL[:, 1:].numel()
+
+
+def text_summary(nats_B: Tensor, baseline_nats_B: Tensor | None, ar_nll: float | None, tokens: int) -> Row:
+    """Nats per token of rows of equal length, `tokens` in all, from the nats of each row."""
+    per_token_B = nats_B.double() * len(nats_B) / tokens
+    return {
+        "nelbo": per_token_B.mean().item(),
+        "stderr": (per_token_B.std() / len(nats_B) ** 0.5).item() if len(nats_B) > 1 else None,
+        "ar_nll": ar_nll,
+        "baseline_nelbo": None if baseline_nats_B is None else baseline_nats_B.double().sum().item() / tokens,
+        "perplexity_bound": math.exp(per_token_B.mean().item()),
+        "tokens": tokens,
+    }
+
+
+# --- what they share ------------------------------------------------------------------------------
+
+
+def _score(
+    config: EvaluateConfig, sample: SampleConfig, model: DiffusionModel, loaded: list[Any], rows_BL: Tensor | None, seed: int
+) -> tuple[Row | None, Tensor | None]:
+    """What one checkpoint makes of the tasks, and of the text."""
+    results = score_tasks(config, sample, model, loaded, seed) if loaded else None
+    return results, None if rows_BL is None else score_text(config, model, rows_BL, seed)
+
+
+def _require_checkpoints(baseline_dir: str | Path | None, source_dir: str | Path | None) -> None:
+    if baseline_dir is not None:
+        require(checks.read_spec(baseline_dir) is not None, f"baseline '{baseline_dir}' is not a diffusion checkpoint: convert it first")
+    if source_dir is not None:
+        require((Path(source_dir) / "config.json").is_file(), f"source '{source_dir}' is not the directory of a Hugging Face model")
+
+
+def _batches(rows: int, size: int, name: str) -> Iterator[slice]:
+    for start in tqdm(range(0, rows, size), desc=name, unit="batch"):
+        yield slice(start, start + size)
+
+
+def _write(path: Path, content: Row) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,58 @@
+"""What a stage looks at before it works: its output directory, the disk, and what it says of full memory."""
+
+import json
+import re
+import struct
+
+import pytest
+
+from a2d_core.config import SampleConfig, TrainConfig, UserError
+from a2d_core.launch import WorkerError
+from a2d_core.stages import checks
+
+MANY_PARAMETERS = 10**12
+
+
+def test_an_output_directory_is_overwritten_only_where_a_stage_made_it(tmp_path):
+    (tmp_path / "old" / "checkpoint-3").mkdir(parents=True)
+    assert checks.output_directory(tmp_path / "old", overwrite=True) == tmp_path / "old"
+    assert not list((tmp_path / "old").iterdir())
+
+
+def test_parameters_are_counted_without_reading_them(tmp_path):
+    header = json.dumps({"__metadata__": {}, "a": {"shape": [3, 4]}, "b": {"shape": []}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert checks.parameters(tmp_path) == 13
+    assert checks.parameters(tmp_path / "nowhere") == 0
+
+
+def test_too_little_disk_is_noticed_before_training(tmp_path):
+    header = json.dumps({"a": {"shape": [MANY_PARAMETERS]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(UserError, match=r"too little disk at .* 1000000.0 million parameters need about \d+.\d GiB"):
+        checks.room_for_checkpoints(TrainConfig(), tmp_path, tmp_path / "not" / "yet" / "there")
+
+
+def test_the_newest_checkpoint_is_a_complete_one(tmp_path):
+    for name, is_complete in (("checkpoint-9", True), ("checkpoint-10", True), ("checkpoint-20", False), ("checkpoint-final", True)):
+        (tmp_path / name).mkdir()
+        if is_complete:
+            (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert checks.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [WorkerError("rank 1 failed", rank=1, kind="OutOfMemoryError"), RuntimeError("CUDA error: out of memory")],
+    ids=["rank", "here"],
+)
+def test_full_memory_names_the_fields_to_lower(error):
+    with pytest.raises(checks.MemoryFullError) as caught, checks.memory_advice("sft", TrainConfig(batch_size=7, max_length=640)):
+        raise error
+    for field in ("sft.batch_size=7", "sft.gradient_accumulation_steps=1", "sft.max_length=640", "sft.gradient_checkpointing=true"):
+        assert field in str(caught.value)
+    with pytest.raises(RuntimeError, match="something else"), checks.memory_advice("sft", TrainConfig()):
+        raise RuntimeError("something else")
+    advice = re.escape("lower sample.batch_size=32 or sample.max_new_tokens")
+    with pytest.raises(checks.MemoryFullError, match=advice), checks.memory_advice("sample", SampleConfig()):
+        raise error

@@ -1,0 +1,313 @@
+"""Text and conversations -> rows -> batches: nothing lost, nothing supervised that should not be, and mistakes said early."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from a2d_core import data, embedded
+from a2d_core.config import TrainConfig, UserError
+
+TOKENIZER = embedded.build_tokenizer()
+EOS, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
+TEXTS = ["one", "two\nlines", "", "three three three", "ünïcode"]
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def conversations(*talks):
+    return Dataset.from_dict({"messages": list(talks)})
+
+
+def prompt_and_answer(row):
+    given_tokens = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == data.IGNORED]
+    answer = [label for label in row["labels"] if label != data.IGNORED]
+    assert given_tokens + answer == row["input_ids"]  # the supervised span is one, at the end
+    return TOKENIZER.decode(given_tokens), TOKENIZER.decode(answer)
+
+
+# --- loading ---
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "csv", "saved", "saved_splits", "directory"])
+def test_every_kind_of_local_source_gives_the_same_documents(kind, tmp_path):
+    texts = [f"text {i}" for i in range(20)]
+    dataset, path = Dataset.from_dict({"text": texts, "other": list(range(20))}), tmp_path / f"data.{kind}"
+    if kind == "saved":
+        dataset.save_to_disk(path)
+    elif kind == "saved_splits":
+        DatasetDict({"train": dataset}).save_to_disk(path)
+    elif kind == "directory":
+        path.mkdir()
+        dataset.select(range(12)).to_parquet(path / "a.parquet")
+        dataset.select(range(12, 20)).to_parquet(path / "b.parquet")
+    else:
+        {"jsonl": dataset.to_json, "json": dataset.to_json, "parquet": dataset.to_parquet, "csv": dataset.to_csv}[kind](path)
+    train, held_out = data.load_documents(str(path), TrainConfig(eval_fraction=0.1))
+    assert train.column_names == held_out.column_names == ["text"]
+    assert (len(train), len(held_out)) == (18, 2)
+    assert sorted([*train["text"], *held_out["text"]]) == sorted(texts)
+
+
+def test_a_text_file_is_one_document_whose_end_is_held_out(tmp_path):
+    (tmp_path / "play.txt").write_text("".join(f"line {i}\n\n" for i in range(100)))
+    train, held_out = data.load_documents(str(tmp_path / "play.txt"), TrainConfig(eval_fraction=0.1))
+    whole = (tmp_path / "play.txt").read_text()
+    assert train[0]["text"] + held_out[0]["text"] == whole
+    assert len(held_out[0]["text"]) == round(0.1 * len(whole))
+
+
+def test_text_files_of_a_directory_are_one_document_each(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n{name}")
+    train, held_out = data.load_documents(str(tmp_path), TrainConfig())
+    assert sorted([*train["text"], *held_out["text"]]) == ["a\na", "b\nb", "c\nc"]
+
+
+def test_an_eval_split_is_taken_as_it_is(tmp_path):
+    for split, count in (("train", 5), ("test", 3)):
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"text": f"{split} {i}"} for i in range(count)])
+    train, held_out = data.load_documents(str(tmp_path), TrainConfig(eval_split="test"))
+    assert train["text"][:] == [f"train {i}" for i in range(5)]
+    assert held_out["text"][:] == [f"test {i}" for i in range(3)]
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
+def test_held_out_rows_depend_on_the_seed_alone_and_leave_both_sides_a_row(fraction, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": str(i)} for i in range(4)])
+    config = TrainConfig(eval_fraction=fraction)
+    one, again = (data.load_documents(path, config, seed=3) for _ in range(2))
+    assert [part["text"][:] for part in one] == [part["text"][:] for part in again]
+    assert min(map(len, one)) >= 1
+    assert sum(map(len, one)) == 4
+
+
+def test_the_embedded_sets_have_their_own_held_out_part():
+    train, held_out = data.load_documents("embedded:corpus", TrainConfig())
+    assert (tuple(train["text"]), tuple(held_out["text"])) == embedded.corpus_split()
+    config = TrainConfig(max_steps=5, batch_size=4, gradient_accumulation_steps=2)
+    train, held_out = data.load_conversations("embedded:tasks", config, seed=1)
+    assert train["messages"][:] == [row["messages"] for row in embedded.instructions("train", 40, seed=1)]
+    assert held_out["messages"][:] == [row["messages"] for row in embedded.instructions("test")]
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"messages": TALK, "id": 1}, {}),
+        ({"chat": TALK}, {"messages_field": "chat"}),
+        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}, {}),
+        ({"question": "hi", "answer": "yo"}, {"prompt_field": "question", "response_field": "answer"}),
+        ({"messages": [], "question": "hi", "answer": "yo"}, {"prompt_field": "question", "response_field": "answer"}),
+        ({"instruction": "hi", "input": "", "output": "yo", "text": "..."}, {}),
+        ({"instruction": "hi", "output": "yo"}, {}),
+    ],
+)
+def test_conversations_are_read_from_every_known_layout(row, fields, tmp_path):
+    train, held_out = data.load_conversations(write_jsonl(tmp_path / "a.jsonl", [row, row]), TrainConfig(**fields))
+    assert train[0] == held_out[0] == {"messages": TALK}
+
+
+def test_an_alpaca_input_stands_below_its_instruction(tmp_path):
+    row = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    train, _ = data.load_conversations(write_jsonl(tmp_path / "a.jsonl", [row, row]), TrainConfig())
+    assert train[0]["messages"][0]["content"] == "Add.\n\n1 2"
+
+
+def test_mistakes_in_the_data_name_the_value_and_the_remedy(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"body": "x", "n": 1}] * 3)
+    (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n{"text"\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "notes.md").write_text("x")
+    (tmp_path / "bare").mkdir()
+    one = write_jsonl(tmp_path / "one.jsonl", [{"messages": TALK}])
+    load, talk = data.load_documents, data.load_conversations
+    for function, spec, fields, message in [
+        (load, path, {}, "no column 'text' .*: its columns are body, n"),
+        (load, path, {"text_field": "n"}, "column 'n' .* not text"),
+        (load, path, {"text_field": "body", "train_split": "dev"}, "split 'dev' .*'train'"),
+        (load, path, {"text_field": "body", "eval_split": "dev"}, "split 'dev' .*'train'"),
+        (talk, path, {}, "no column 'messages': its columns are body, n; .*prompt_field"),
+        (talk, path, {"messages_field": "body"}, "column 'body' .*role/content"),
+        (talk, path, {"prompt_field": "q", "response_field": "body"}, r"no column 'q' \(prompt_field\)"),
+        (talk, one, {}, "1 rows .*eval_split"),
+        (load, str(tmp_path / "missing.jsonl"), {}, "does not exist"),
+        (load, "no/such/place", {}, "does not exist"),
+        (load, str(tmp_path / "notes.md"), {}, "known type: use one of .txt"),
+        (load, str(tmp_path / "empty.jsonl"), {}, "empty"),
+        (load, str(tmp_path / "broken.jsonl"), {}, "JSON parse error"),
+        (load, str(tmp_path / "bare"), {}, "holds no data files"),
+        (load, "embedded:news", {}, "embedded:corpus .*embedded:tasks"),
+        (load, "nobody/no-such-data", {}, "'nobody/no-such-data'.*HF_TOKEN.*HF_HUB_OFFLINE=1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            function(spec, TrainConfig(**fields))
+
+
+# --- rows of text ---
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=12), st.integers(2, 20), st.booleans())
+def test_rows_are_the_documents_in_order_without_the_tail(texts, max_length, insert_eos):
+    line = [token for text in texts for token in [*TOKENIZER(text)["input_ids"], *[EOS] * insert_eos]]
+    dataset = Dataset.from_dict({"text": texts})
+    if len(line) < max_length:
+        with pytest.raises(UserError, match=f"max_length={max_length}"):
+            data.pretraining_rows(dataset, TOKENIZER, "text", max_length, insert_eos)
+        return
+    rows = data.pretraining_rows(dataset, TOKENIZER, "text", max_length, insert_eos)
+    assert {len(ids) for ids in rows["input_ids"]} == {max_length}
+    assert [token for ids in rows["input_ids"] for token in ids] == line[: len(line) - len(line) % max_length]
+    assert rows["row"][:] == list(range(len(rows)))
+
+
+def test_rows_run_on_across_the_batches_in_which_documents_are_tokenised(tmp_path):
+    texts = [f"document {i}" for i in range(2500)]  # more than the 1,000 that are tokenised at once
+    train, _ = data.load_documents(write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in texts]), TrainConfig(eval_fraction=0.001))
+    line = [token for text in train["text"] for token in [*TOKENIZER(text)["input_ids"], EOS]]
+    for _ in range(2):  # the second time from the cache of the datasets library
+        rows = data.pretraining_rows(train, TOKENIZER, "text", 64, True)
+        assert [token for ids in rows["input_ids"] for token in ids] == line[: len(line) - len(line) % 64]
+
+
+# --- rows of conversations ---
+
+
+def test_only_the_answer_and_its_end_are_supervised():
+    rows, dropped = data.conversation_rows(conversations(TALK), TOKENIZER, 64)
+    assert prompt_and_answer(rows[0]) == ("<|user|>hi<|end|><|assistant|>", "yo<|end|>")
+    assert dropped == {}
+    assert rows[0]["row"] == 0
+
+
+def test_each_assistant_turn_is_a_row_with_the_earlier_turns_as_its_prompt():
+    more = [*TALK, {"role": "user", "content": "so?"}, {"role": "assistant", "content": "nothing"}]
+    rows, _ = data.conversation_rows(conversations(more, TALK), TOKENIZER, 64)
+    assert [prompt_and_answer(row)[1] for row in rows] == ["yo<|end|>", "nothing<|end|>", "yo<|end|>"]
+    assert prompt_and_answer(rows[1])[0] == "<|user|>hi<|end|><|assistant|>yo<|end|><|user|>so?<|end|><|assistant|>"
+
+
+def test_white_space_behind_the_end_of_turn_is_left_out_and_a_missing_end_is_put_in():
+    chatml = embedded.build_tokenizer()
+    chatml.chat_template = TOKENIZER.chat_template.replace("<|end|>' }}", "<|end|>\n' }}")
+    rows, _ = data.conversation_rows(conversations(TALK), chatml, 64)
+    assert prompt_and_answer(rows[0]) == ("<|user|>hi<|end|>\n<|assistant|>", "yo<|end|>")
+    endless = embedded.build_tokenizer()
+    endless.chat_template = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    rows, _ = data.conversation_rows(conversations(TALK), endless, 64)
+    assert prompt_and_answer(rows[0]) == ("user: hi\nassistant: ", "yo\n<|end|>")
+
+
+def test_rows_that_cannot_be_supervised_are_dropped_and_counted():
+    def talk(*turns):
+        return [{"role": role, "content": content} for role, content in turns]
+
+    long = talk(("user", "hi"), ("assistant", "y" * 30))
+    rows, dropped = data.conversation_rows(
+        conversations(TALK, long, talk(("user", "hi")), talk(("assistant", "hello")), talk(("user", "hi"), ("assistant", " "))),
+        TOKENIZER,
+        24,
+    )
+    assert len(rows) == 1
+    assert dropped == {"longer than max_length=24": 1, "no assistant turn": 1, "no prompt": 1, "empty response": 1}
+
+
+def test_a_template_that_rewrites_its_prompt_or_refuses_a_conversation_is_not_trained_on():
+    rewriting = embedded.build_tokenizer()
+    rewriting.chat_template = "{{ messages | length }}" + TOKENIZER.chat_template
+    with pytest.raises(UserError, match="template does not extend its prompt': 1"):
+        data.conversation_rows(conversations(TALK), rewriting, 64)
+    refusing = embedded.build_tokenizer()
+    refusing.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TOKENIZER.chat_template
+    )
+    rows, dropped = data.conversation_rows(conversations(TALK, [{"role": "system", "content": "s"}, *TALK]), refusing, 64)
+    assert len(rows) == 1
+    assert dropped == {"refused by the chat template: no system role": 1}
+
+
+def test_a_row_must_fit_max_length_once_its_last_block_is_filled():
+    row, _ = data.conversation_rows(conversations(TALK), TOKENIZER, 64)
+    length = len(row[0]["input_ids"])
+    assert len(data.conversation_rows(conversations(TALK), TOKENIZER, length)[0]) == 1
+    with pytest.raises(UserError, match="longer than max_length"):
+        data.conversation_rows(conversations(TALK), TOKENIZER, length, block_size=length - 1)
+
+
+def test_a_tokenizer_without_chat_template_is_refused():
+    plain = embedded.build_tokenizer()
+    plain.chat_template = None
+    with pytest.raises(UserError, match=r"no chat template: .*chat_template\.jinja"):
+        data.conversation_rows(conversations(TALK), plain, 64)
+
+
+# --- batches ---
+
+ROWS = [
+    {"input_ids": [1, 2, 3], "labels": [data.IGNORED, 2, 3], "row": 7},
+    {"input_ids": [4, 5, 6, 7, 8], "labels": [data.IGNORED, data.IGNORED, 6, 7, 8], "row": 9},
+]
+
+
+def test_rows_of_text_are_all_maskable_and_need_no_padding():
+    batch = data.DiffusionCollator(PAD, EOS)([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6]}])
+    assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert batch["valid"].all()
+    assert set(batch) == {"input_ids", "labels", "valid"}
+
+
+def test_a_block_is_filled_with_maskable_ends_and_the_rest_is_padding():
+    batch = data.DiffusionCollator(PAD, EOS, fill_to="block", block_size=4)(ROWS)
+    i = data.IGNORED
+    assert batch["input_ids"].tolist() == [[1, 2, 3, EOS, PAD, PAD, PAD, PAD], [4, 5, 6, 7, 8, EOS, EOS, EOS]]
+    assert batch["labels"].tolist() == [[i, 2, 3, EOS, i, i, i, i], [i, i, 6, 7, 8, EOS, EOS, EOS]]
+    assert batch["valid"].tolist() == [[True] * 4 + [False] * 4, [True] * 8]
+
+
+def test_a_canvas_is_filled_to_the_longest_row_or_further():
+    batch = data.DiffusionCollator(PAD, EOS, fill_to="batch")(ROWS)
+    assert batch["labels"].tolist() == [[data.IGNORED, 2, 3, EOS, EOS], ROWS[1]["labels"]]
+    wider = data.DiffusionCollator(PAD, EOS, fill_to="batch", canvas=7)(ROWS)
+    assert wider["labels"][:, 5:].tolist() == [[EOS, EOS]] * 2
+    assert wider["valid"].all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=5), st.sampled_from([None, "block", "batch"]), st.integers(1, 9), st.booleans())
+def test_padding_is_never_scored_and_every_scored_token_is_its_own_label(lengths, fill_to, block_size, label_first):
+    rows = [{"input_ids": list(range(1, length + 1))} for length in lengths]
+    batch = data.DiffusionCollator(PAD, EOS, fill_to=fill_to, block_size=block_size, label_first=label_first)(rows)
+    scored = batch["labels"] != data.IGNORED
+    assert not (scored & ~batch["valid"]).any()
+    assert torch.equal(batch["labels"][scored], batch["input_ids"][scored])
+    assert (batch["input_ids"][~batch["valid"]] == PAD).all()
+    assert bool(scored[:, 0].all()) is label_first
+    if fill_to == "block":
+        assert not (batch["valid"].sum(1) % block_size).any()
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+
+
+def test_row_numbers_go_through():
+    assert data.DiffusionCollator(PAD, EOS)(ROWS)["row"].tolist() == [7, 9]
+
+
+@pytest.mark.parametrize("options", [{"fill_to": "block"}, {"canvas": 8}, {"fill_to": "block", "block_size": 4, "canvas": 8}])
+def test_options_that_do_not_go_together_are_refused(options):
+    with pytest.raises(UserError, match="needs"):
+        data.DiffusionCollator(PAD, EOS, **options)

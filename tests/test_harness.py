@@ -1,0 +1,251 @@
+"""The classes that lm-evaluation-harness runs a diffusion checkpoint through."""
+
+import math
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from a2d_core import embedded, likelihood, models, sampling
+from a2d_core.config import ConvertConfig, SampleConfig, UserError
+from a2d_core.harness import DiffusionLM
+
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The directory of a tiny autoregressive model with random weights, large enough to prefer some tokens to others."""
+    directory = tmp_path_factory.mktemp("source")
+    tokenizer = embedded.build_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), head_dim=16, max_position_embeddings=CONTEXT, tie_word_embeddings=True, initializer_range=0.2, **sizes
+    )
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def checkpoints(source, tmp_path_factory):
+    """Objective -> the directory of the converted model."""
+    directories = {objective: tmp_path_factory.mktemp(objective) for objective in ("mdlm", "bd3lm")}
+    for objective, directory in directories.items():
+        models.convert(ConvertConfig(block_size=8), objective, source, directory)
+    return directories
+
+
+@pytest.fixture(params=["mdlm", "bd3lm"])
+def model(request, checkpoints):
+    return models.load(checkpoints[request.param])
+
+
+@pytest.fixture
+def uniform(model):
+    """A model to which all tokens are alike."""
+    with torch.no_grad():
+        model.network.get_output_embeddings().weight.zero_()
+    return model
+
+
+def requests(kind, *arguments):
+    return [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
+
+
+def greedy(model, prompt, count):
+    return sampling.generate(model, [model.tokenizer(prompt)["input_ids"]], SampleConfig(max_new_tokens=count))[0].tokens
+
+
+PROMPTS = ["Reverse: planet", "Sort: ab", "Upper: seven", "Last: x", "a longer prompt than the others"]
+
+
+# --- generation ---
+
+
+def test_the_harness_generates_what_the_sampler_does(model):
+    config = SampleConfig(max_new_tokens=12, batch_size=2)
+    prompts = [model.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    expected = [model.tokenizer.decode(g.tokens, skip_special_tokens=True) for g in sampling.generate(model, prompts, config)]
+    assert len(set(expected)) > 1
+    assert DiffusionLM(model, sample=config).generate_until(requests("generate_until", *((p, {}) for p in PROMPTS))) == expected
+
+
+def test_drawn_text_repeats_by_seed_and_equals_that_of_the_sampler(model):
+    config = SampleConfig(max_new_tokens=8, temperature=0.7, batch_size=2)
+    asked = requests("generate_until", *((p, {"do_sample": True, "temperature": 0.7}) for p in PROMPTS))
+    prompts = [model.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    generations = sampling.generate(model, prompts, config, generator=torch.Generator().manual_seed(3))
+    first = DiffusionLM(model, max_new_tokens=8, batch_size=2, seed=3).generate_until(asked)
+    assert first == [model.tokenizer.decode(g.tokens, skip_special_tokens=True) for g in generations]
+    assert first == DiffusionLM(model, max_new_tokens=8, batch_size=2, seed=3).generate_until(asked)
+    assert first != DiffusionLM(model, max_new_tokens=8, batch_size=2, seed=4).generate_until(asked)
+
+
+def test_requests_of_different_lengths_are_answered_each_at_its_own(model):
+    lm = DiffusionLM(model, max_new_tokens=5)
+    lengths = [3, 9, 3, None, 9]
+    asked = [(p, {} if n is None else {"max_gen_toks": n}) for p, n in zip(PROMPTS, lengths, strict=True)]
+    expected = [model.tokenizer.decode(greedy(model, p, n or 5), skip_special_tokens=True) for p, n in zip(PROMPTS, lengths, strict=True)]
+    assert lm.generate_until(requests("generate_until", *asked)) == expected
+
+
+def test_an_answer_is_cut_before_the_first_stop_string(model):
+    tokens = greedy(model, PROMPTS[0], 24)
+    text = model.tokenizer.decode(tokens, skip_special_tokens=True)
+    early, late = text[2:4], text[5:7]
+    lm = DiffusionLM(model)
+    whole, cut, single, absent = lm.generate_until(
+        requests(
+            "generate_until",
+            (PROMPTS[0], {"max_gen_toks": 24}),
+            (PROMPTS[0], {"max_gen_toks": 24, "until": [late, early, ""]}),
+            (PROMPTS[0], {"max_gen_toks": 24, "until": late}),
+            (PROMPTS[0], {"max_gen_toks": 24, "until": ["no such text"]}),
+        )
+    )
+    assert whole == absent == text
+    assert cut == text.split(early)[0].split(late)[0]
+    assert single == text.split(late)[0]
+
+
+def test_a_special_token_stops_an_answer_though_its_text_is_not_shown(model):
+    lm = DiffusionLM(model)
+    user = model.tokenizer.convert_tokens_to_ids("<|user|>")
+    tokens = [*model.tokenizer("ab")["input_ids"], user, *model.tokenizer("cd")["input_ids"]]
+    assert lm._cut(tokens, ["<|user|>"]) == "ab"
+    assert lm._cut(tokens, []) == "abcd"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "temperature"),
+    [
+        ({}, 0.3),
+        ({"do_sample": False}, 0.0),
+        ({"do_sample": False, "temperature": 0.9}, 0.0),
+        ({"do_sample": True}, 0.3),
+        ({"temperature": 0.8, "do_sample": True}, 0.8),
+        ({"temperature": 0}, 0.0),
+    ],
+)
+def test_a_task_decides_on_the_temperature_and_the_model_on_what_it_leaves_open(model, arguments, temperature):
+    assert DiffusionLM(model, temperature=0.3).sampler_for(arguments).temperature == temperature
+
+
+def test_do_sample_without_a_temperature_draws_at_one(model):
+    assert DiffusionLM(model).sampler_for({"do_sample": True}).temperature == 1.0
+
+
+def test_an_unknown_generation_argument_is_refused_by_name(model):
+    with pytest.raises(UserError, match=r"unknown generation argument 'num_beams'.*max_gen_toks"):
+        DiffusionLM(model).generate_until(requests("generate_until", (PROMPTS[0], {"num_beams": 4})))
+
+
+def test_a_request_beyond_the_context_is_refused_before_any_work(model, monkeypatch):
+    monkeypatch.setattr(model, "hidden", None)
+    lm = DiffusionLM(model)
+    with pytest.raises(UserError, match=f"{CONTEXT} positions"):
+        lm.generate_until(requests("generate_until", (PROMPTS[0], {"max_gen_toks": 4}), (PROMPTS[0], {"max_gen_toks": CONTEXT})))
+    with pytest.raises(UserError, match=f"{CONTEXT} positions"):
+        lm.loglikelihood(requests("loglikelihood", ("a", "b"), ("a" * CONTEXT, "b")))
+
+
+# --- likelihood ---
+
+
+def test_a_uniform_model_scores_the_log_of_the_number_of_allowed_tokens(uniform):
+    allowed = uniform.network.get_input_embeddings().weight.shape[0] - 1
+    lm = DiffusionLM(uniform, nelbo_samples=3)
+    asked = [("Reverse: planet", " tenalp"), ("", "seven"), ("a", "b")]
+    scores = [score for score, _ in lm.loglikelihood(requests("loglikelihood", *asked))]
+    assert scores == pytest.approx([-len(answer) * math.log(allowed) for _, answer in asked], rel=1e-5)
+
+
+def test_a_text_longer_than_the_context_is_scored_in_parts_each_token_once(uniform):
+    allowed = uniform.network.get_input_embeddings().weight.shape[0] - 1
+    texts = ["x" * 10, "y" * (CONTEXT - 1), "z" * (3 * CONTEXT + 5), ""]
+    scores = DiffusionLM(uniform, nelbo_samples=2).loglikelihood_rolling(requests("loglikelihood_rolling", *((t,) for t in texts)))
+    assert scores == pytest.approx([-len(text) * math.log(allowed) for text in texts], rel=1e-5)
+
+
+def test_a_score_depends_on_neither_batch_size_nor_order(model):
+    asked = [(p, a) for p in PROMPTS for a in ("yes", " no, not at all", "maybe")]
+    one = DiffusionLM(model, batch_size=1).loglikelihood(requests("loglikelihood", *asked))
+    many = DiffusionLM(model, batch_size=7).loglikelihood(requests("loglikelihood", *asked[::-1]))[::-1]
+    assert [score for score, _ in one] == pytest.approx([score for score, _ in many], rel=1e-4)
+    assert [same for _, same in one] == [same for _, same in many]
+    other_seed = DiffusionLM(model, seed=1).loglikelihood(requests("loglikelihood", *asked))
+    assert [score for score, _ in one] != pytest.approx([score for score, _ in other_seed], rel=1e-4)
+
+
+def test_the_choices_of_a_question_share_their_noise_and_questions_do_not(model, monkeypatch):
+    rows = {}
+    whole = likelihood.nelbo
+
+    def spy(model, input_ids_BL, *rest, rows_B, **options):
+        rows.update({model.tokenizer.decode(ids): row for ids, row in zip(input_ids_BL, rows_B.tolist(), strict=True)})
+        return whole(model, input_ids_BL, *rest, rows_B=rows_B, **options)
+
+    monkeypatch.setattr(likelihood, "nelbo", spy)
+    DiffusionLM(model).loglikelihood(requests("loglikelihood", ("one", "ab"), ("one", "cd"), ("two", "ab")))
+    assert rows["oneab"] == rows["onecd"] != rows["twoab"]
+
+
+def test_a_continuation_is_greedy_where_the_sampler_writes_it(model):
+    lm, context = DiffusionLM(model), model.tokenizer(PROMPTS[0])["input_ids"]
+    written = greedy(model, PROMPTS[0], 6)
+    assert len(written) == 6
+    changed = [*written[:3], (written[3] + 1) % 256, *written[4:]]
+    answers = lm._loglikelihood_tokens([(("", ""), context, tokens) for tokens in (written, changed, written[:2] + changed[:1])])
+    assert [same for _, same in answers] == [True, False, greedy(model, PROMPTS[0], 3) == written[:2] + changed[:1]]
+
+
+def test_spaces_at_the_end_of_a_context_stay_where_no_token_spans_them(model):
+    lm = DiffusionLM(model)
+    context, continuation = lm._encode_pair("Answer: ", "yes")
+    assert model.tokenizer.decode(context) == "Answer: "
+    assert model.tokenizer.decode(continuation) == "yes"
+
+
+# --- construction ---
+
+
+def test_lm_eval_finds_the_classes_by_name_and_passes_settings_on(checkpoints):
+    for objective, directory in checkpoints.items():
+        text = f"pretrained={directory},threshold=0.5,max_new_tokens=9,nelbo_samples=2,seed=7"
+        lm = get_model(f"a2d_{objective}").create_from_arg_string(text, {"batch_size": 3, "device": None})
+        assert (lm.sample.threshold, lm.sample.max_new_tokens, lm.sample.batch_size) == (0.5, 9, 3)
+        assert (lm.nelbo_samples, lm.seed, lm.max_length) == (2, 7, CONTEXT)
+
+
+def test_a_checkpoint_of_the_other_objective_is_refused(checkpoints):
+    with pytest.raises(UserError, match="is a mdlm checkpoint: evaluate it as a2d_mdlm"):
+        get_model("a2d_bd3lm")(pretrained=checkpoints["mdlm"])
+
+
+def test_an_autoregressive_checkpoint_is_refused(source):
+    with pytest.raises(UserError, match="is not a diffusion checkpoint"):
+        get_model("a2d_mdlm")(pretrained=source)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [("treshold", "did you mean 'threshold'"), ("prompts", "the tasks bring their own prompts")]
+)
+def test_a_setting_that_means_nothing_here_is_refused(model, setting, message):
+    with pytest.raises(UserError, match=message):
+        DiffusionLM(model, **{setting: 0.5})
+
+
+def test_the_chat_template_is_the_tokenizers(model):
+    lm, messages = DiffusionLM(model), [{"role": "user", "content": "Sort: cab"}]
+    assert lm.apply_chat_template(messages) == "<|user|>Sort: cab<|end|><|assistant|>"
+    assert lm.apply_chat_template([*messages, {"role": "assistant", "content": "a"}], add_generation_prompt=False).endswith(
+        "<|assistant|>a"
+    )
+    assert lm.chat_template(True) == model.tokenizer.chat_template
+    model.tokenizer.chat_template = None
+    with pytest.raises(UserError, match="has no chat template"):
+        lm.apply_chat_template(messages)

@@ -1,0 +1,145 @@
+"""Conversion: what it promises of every family, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES, diffusion_model, network
+
+from a2d_core import embedded, models
+from a2d_core.config import ConvertConfig, UserError
+
+
+@pytest.fixture
+def source(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A directory with a tiny autoregressive model that has the embedded tokenizer."""
+    family = getattr(request, "param", "qwen3")
+    tokenizer = embedded.build_tokenizer()
+    made = network(family, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    made.save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize("source", FAMILIES, indirect=True)
+def test_every_family_converts_with_the_same_weights_and_passes_the_proofs(source: Path, tmp_path: Path) -> None:
+    before = transformers.AutoModelForCausalLM.from_pretrained(source).state_dict()
+    models.convert(ConvertConfig(block_size=4), "bd3lm", source, tmp_path / "out")
+    model = models.load(tmp_path / "out")
+    for name, weight in model.network.state_dict().items():
+        assert torch.equal(weight[: len(before[name])] if weight.dim() else weight, before[name]), name
+    assert model.tokenizer.mask_token_id == model.spec.mask_token_id == model.network.get_input_embeddings().weight.shape[0] - 1
+    assert model.objective.block_size == 4
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["a2d"]["chain"][0]["stage"] == "convert"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma3", "mistral"])
+def test_the_proofs_hold_for_sdpa_and_eager_attention(family: str, attention: str) -> None:
+    models.prove(diffusion_model(family=family, attn_implementation=attention))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_at_chosen_positions_are_those_of_the_whole_network(family: str) -> None:
+    model = diffusion_model(family=family)
+    model.spec = models._measure_head(model)
+    ids = torch.arange(3, 15)[None]
+    expected = model.network(input_ids=ids).logits.float()
+    hidden = model.network.base_model(input_ids=ids).last_hidden_state
+    found = model.logits(hidden)
+    allowed = torch.arange(expected.shape[-1]) != model.spec.mask_token_id
+    assert torch.allclose(found[..., allowed], expected[..., allowed], atol=1e-3, rtol=1e-3)
+    assert (found[..., ~allowed] == -torch.inf).all()
+
+
+def test_a_network_that_stays_causal_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = diffusion_model()
+    monkeypatch.setattr(model, "_masks", lambda query, key: None)
+    with pytest.raises(UserError, match=r"Qwen3ForCausalLM \(model_type 'qwen3'\) cannot be converted.*does not see a later one"):
+        models.prove(model)
+
+
+def test_a_leaking_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = diffusion_model()
+    everything = lambda query, key: torch.ones(1, 1, query.position.shape[1], key.position.shape[1], dtype=torch.bool)  # noqa: E731
+    monkeypatch.setattr(model, "_masks", everything)
+    with pytest.raises(UserError, match="a leak"):
+        models.prove(model)
+
+
+def test_a_network_that_ignores_positions_is_refused() -> None:
+    with pytest.raises(UserError, match="BloomForCausalLM"):
+        config = transformers.BloomConfig(vocab_size=100, hidden_size=32, n_layer=2, n_head=4)
+        bloom = transformers.BloomForCausalLM(config).eval()
+        models.prove(models.DiffusionModel(bloom, embedded.build_tokenizer(), models.Spec("bd3lm", 4, 99)))
+
+
+def test_changed_weights_are_noticed() -> None:
+    model = diffusion_model()
+    before = {name: weight.clone() for name, weight in model.network.state_dict().items()}
+    with torch.no_grad():
+        model.network.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(UserError, match="layers.0.mlp.up_proj.weight' changed"):
+        models.prove(model, before)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2), "'t5' is an encoder-decoder"),
+        (transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4), "'mamba' has linear_attention layers"),
+        (transformers.Lfm2Config(hidden_size=32, num_hidden_layers=2, layer_types=["conv", "full_attention"]), "'lfm2' has conv layers"),
+    ],
+    ids=["encoder-decoder", "mamba", "hybrid"],
+)
+def test_what_cannot_be_converted_is_refused_by_name(config: transformers.PreTrainedConfig, message: str, tmp_path: Path) -> None:
+    if config.model_type == "mamba":
+        transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
+    else:
+        config.save_pretrained(tmp_path)
+    embedded.build_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        models.convert(ConvertConfig(), "mdlm", tmp_path, tmp_path / "out")
+
+
+def test_an_existing_mask_token_is_used_and_no_row_is_added(source: Path, tmp_path: Path) -> None:
+    tokenizer = embedded.build_tokenizer()
+    tokenizer.mask_token = "~"
+    tokenizer.save_pretrained(source)
+    model = models.convert(ConvertConfig(), "mdlm", source, tmp_path / "out")
+    assert model.spec.mask_token_id == tokenizer.convert_tokens_to_ids("~")
+    assert model.network.get_input_embeddings().weight.shape[0] == len(tokenizer)
+
+
+def test_a_new_mask_row_has_the_norm_of_the_others_and_is_no_tokens_double(source: Path, tmp_path: Path) -> None:
+    model = models.convert(ConvertConfig(), "mdlm", source, tmp_path / "out")
+    rows = model.network.get_input_embeddings().weight
+    norms, mask = rows[:-1].norm(dim=1), rows[model.spec.mask_token_id]
+    assert norms.min() * 0.7 < mask.norm() < norms.max() * 1.3
+    assert (rows[:-1] - mask).norm(dim=1).min() > 0.5 * norms.mean()
+
+
+def test_a_plain_checkpoint_is_not_loaded_as_a_diffusion_model(source: Path) -> None:
+    with pytest.raises(UserError, match="is not a diffusion checkpoint.*a2d_core convert"):
+        models.load(source)
+
+
+@pytest.mark.parametrize(("path", "message"), [("./nowhere", "does not exist"), ("Qwen/Qwen3-0.6B", "HF_HUB_OFFLINE")])
+def test_a_missing_model_is_a_clear_error(path: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        models.load(path)
+
+
+def test_saving_and_loading_changes_nothing(source: Path, tmp_path: Path) -> None:
+    made = models.convert(ConvertConfig(block_size=8, dtype="bfloat16"), "bd3lm", source, tmp_path / "a")
+    loaded = models.load(tmp_path / "a", dtype=torch.float32)
+    assert loaded.spec == models.load(tmp_path / "a").spec and loaded.stored_dtype == torch.bfloat16
+    loaded.network.to(loaded.stored_dtype)
+    loaded.save(tmp_path / "b")
+    again = models.load(tmp_path / "b")
+    assert again.network.dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(made.network.parameters(), again.network.parameters(), strict=True))
