@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import presets, tracking
-from a2d_core.config import STAGES, ConvertConfig, Recipe, TrackingConfig, UserError, build, parse_override, require, to_dict
+from a2d_core.config import STAGES, Recipe, TrackingConfig, UserError, build, parse_override, require, to_dict
 from a2d_core.follow import Follower
 from a2d_core.stages import checks
 
@@ -137,12 +137,9 @@ def _resolve(args: argparse.Namespace, objective: str, options: Sequence[str | N
     values = presets.flatten(presets.read(args.preset), objective, overrides, args.seed)
     if args.command != "convert":
         values["convert"] = {} if block_size is None else {"block_size": block_size}
-    block_size = build(ConvertConfig, values.get("convert", {}), "convert").block_size
     for stage in STAGES[1:]:
         if stage not in USES[args.command]:
             values[stage] = {"enabled": False}
-            if stage in ("pretrain", "sft"):
-                values[stage]["max_length"] = 2 * block_size  # it is not run, but a recipe checks that its rows hold whole blocks
     return build(Recipe, values)
 
 

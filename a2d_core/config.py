@@ -351,7 +351,7 @@ class Recipe:
             for stage in ("pretrain", "sft"):
                 length = getattr(self, stage).max_length
                 require(
-                    length % self.convert.block_size == 0,
+                    not getattr(self, stage).enabled or length % self.convert.block_size == 0,
                     f"{stage}.max_length={length} is not a multiple of convert.block_size={self.convert.block_size}: "
                     f"use {max(1, length // self.convert.block_size) * self.convert.block_size}",
                 )

@@ -23,8 +23,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from a2d_core import likelihood, noise
 from a2d_core.config import TrainConfig, UserError, require
@@ -48,7 +48,7 @@ def fit(
     *,
     stage: str,
     seed: int = 0,
-    resume_from: str | bool | None = None,
+    resume_from: str | None = None,
     fill: Fill = None,
 ) -> dict[str, Any]:
     """Train `model` on rows, evaluate on held-out rows, and write `output_dir/checkpoint-final`.
@@ -56,7 +56,7 @@ def fit(
     `collate` makes {input_ids [B, L], labels [B, L], valid [B, L]}; label -100 is never masked or scored.
     `fill` says what lies behind the first end-of-sequence token of a row: further text (None), or fill up to a
     multiple of the block (`block`) or to the longest row (`batch`: the MDLM canvas, which the trainer extends to
-    the longest row of the whole optimizer step). `resume_from`: a `checkpoint-N` directory, or True for the newest in `output_dir`.
+    the longest row of the whole optimizer step). `resume_from`: a `checkpoint-N` directory.
     Returns the last evaluation's metrics, steps, and tokens per second.
     """
     output_dir = Path(output_dir)
@@ -64,16 +64,18 @@ def fit(
     if config.gradient_checkpointing:
         model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = DiffusionTrainer(model, config, train_rows, eval_rows, collate, output_dir, stage=stage, seed=seed, fill=fill)
-    if resume_from is True:
-        resume_from = get_last_checkpoint(str(output_dir)) if output_dir.exists() else None
-    trained = trainer.train(resume_from_checkpoint=resume_from)
+    if resume_from and _is_complete(Path(resume_from), config):
+        trainer.take_up(Path(resume_from))
+    else:
+        trainer.train(resume_from_checkpoint=resume_from)
     metrics = trainer.evaluate()
     model.network.to(model.stored_dtype)
     trainer.save_model(str(output_dir / "checkpoint-final"))
-    rates = [row["tokens_per_second"] for row in trainer.state.log_history if "tokens_per_second" in row]
+    history = trainer.state.log_history
+    rates, losses = ([row[name] for row in history if name in row] for name in ("tokens_per_second", "loss"))
     return {
-        "steps": trained.global_step,
-        "train_loss": trained.training_loss,
+        "steps": trainer.state.global_step,
+        "train_loss": losses[-1] if losses else None,
         "tokens_per_second": sum(rates) / len(rates) if rates else None,
         "memory_mb": _peak_memory_mb(),
         **metrics,
@@ -249,6 +251,12 @@ class DiffusionTrainer(Trainer):
         record = {"stage": self.stage, "step": self.state.global_step, "seed": self.noise_seed, "config": dataclasses.asdict(self.diffusion)}
         self.model.save(directory, stage=record, state_dict=state_dict)
 
+    def take_up(self, checkpoint: Path) -> None:
+        """Load the weights and the history of a checkpoint at which training was complete."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self.callback_handler.on_train_begin(self.args, self.state, self.control)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         network = self.model.network
         state = {}
@@ -300,7 +308,7 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
     def interval(every: float) -> float | int:
         return every if every < 1 else int(every)
 
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output_dir),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
@@ -330,9 +338,16 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
         label_names=["labels"],
         disable_tqdm=not sys.stderr.isatty(),
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if arguments.device.type == "cuda":
+        arguments._n_gpu = 1  # one process has one GPU: Trainer would wrap several visible ones in DataParallel
+    return arguments
+
+
+def _is_complete(checkpoint: Path, config: TrainConfig) -> bool:
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    return config.max_steps in (-1, state["max_steps"]) and state["global_step"] >= state["max_steps"]
 
 
 def _is_fill(labels_BL: Tensor, eos: int) -> Tensor:

@@ -38,7 +38,7 @@ class TrainingCard:
     def __init__(self, card: Any, recipe: Recipe, stage: str) -> None:
         config = getattr(recipe, stage)
         self._card = card
-        self._bar = ProgressBar(max=100, label="progress", unit="%", metadata="waiting for the first numbers")
+        self._bar = ProgressBar(max=100, label="percent", metadata="waiting for the first numbers")
         self._numbers = Markdown("")
         self._curves = VegaChart(main_curves([]))
         self._sides = {name: VegaChart(side_curve([], name)) for name in SIDE_CURVES}
@@ -188,8 +188,8 @@ def main_curves(rows: list[Row]) -> dict[str, Any]:
     points = [{"step": s, "value": v, "curve": label} for name, (label, _) in CURVES.items() for s, v in curve(rows, name)]
     labels, colours = zip(*CURVES.values(), strict=True)
     encoding = {
-        "x": {"field": "step", "type": "quantitative", "title": "step"},
-        "y": {"field": "value", "type": "quantitative", "title": "nats per token", "scale": {"zero": False}},
+        "x": {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickCount": 8}},
+        "y": {"field": "value", "type": "quantitative", "title": "nats per token", "scale": {"zero": False}, "axis": {"tickCount": 6}},
         "color": {
             "field": "curve",
             "type": "nominal",
@@ -205,10 +205,12 @@ def main_curves(rows: list[Row]) -> dict[str, Any]:
 def side_curve(rows: list[Row], name: str) -> dict[str, Any]:
     """One more number over the steps, small."""
     encoding = {
-        "x": {"field": "step", "type": "quantitative", "title": None},
-        "y": {"field": "value", "type": "quantitative", "title": None},
+        "x": {"field": "step", "type": "quantitative", "title": None, "axis": {"tickCount": 3}},
+        "y": {"field": "value", "type": "quantitative", "title": None, "axis": {"tickCount": 3, "format": "~g"}},
     }
-    return chart([{"step": s, "value": v} for s, v in curve(rows, name)], encoding, height=110, mark={"type": "line", "color": "#72767d"})
+    return chart(
+        [{"step": s, "value": v} for s, v in curve(rows, name)], encoding, height=110, width=200, mark={"type": "line", "color": "#72767d"}
+    )
 
 
 def score_bars(tasks: list[Row]) -> dict[str, Any]:
@@ -217,7 +219,13 @@ def score_bars(tasks: list[Row]) -> dict[str, Any]:
     points = [{"task": t["task"], "score": t[k], "model": label} for t in tasks for k, label in kinds.items() if t[k] is not None]
     encoding = {
         "y": {"field": "task", "type": "nominal", "title": None, "sort": None},
-        "x": {"field": "score", "type": "quantitative", "title": "score"},
+        "x": {
+            "field": "score",
+            "type": "quantitative",
+            "title": "score",
+            "axis": {"tickCount": 5},
+            "scale": {"domain": [0, max(1, *(p["score"] for p in points))]},
+        },
         "yOffset": {"field": "model", "sort": list(kinds.values())},
         "color": {"field": "model", "title": None, "scale": {"domain": list(kinds.values()), "range": ["#4c78a8", "#e45756", "#b8bcc2"]}},
     }

@@ -104,13 +104,21 @@ def test_a_perfect_model_scores_one_on_every_held_out_word(checkpoints, tmp_path
 
 
 def test_the_group_is_the_mean_of_its_tasks_each_alike():
-    rows = {
-        task: {"sample_len": 10 * (i + 1), "exact_match,none": i / 4, "exact_match_stderr,none": 0.1}
-        for i, task in enumerate(embedded.TASKS)
+    rows = {task: {"sample_len": 10 * (i + 1), "exact_match,none": i / 4} for i, task in enumerate(embedded.TASKS)}
+    assert tasks.load(EvaluateConfig())[0].aggregate(rows)["exact_match,none"] == pytest.approx(0.5)
+
+
+def test_tasks_that_fail_on_the_same_words_are_no_more_certain_than_one():
+    scores = {"a": 1.0, "b": 0.0, "c": 1.0, "d": 1.0}
+    samples = [{"doc": {"word": word}, "exact_match": score} for word, score in scores.items()]
+    numbers = {"exact_match,none": 0.75, "exact_match_stderr,none": 0.25}
+    results = {
+        "results": {task: {**numbers, "sample_len": 4} for task in embedded.TASKS} | {"a2d_words": {**numbers, "sample_len": 20}},
+        "group_subtasks": {"a2d_words": list(embedded.TASKS)},
+        "samples": dict.fromkeys(embedded.TASKS, samples),
+        "higher_is_better": {},
     }
-    group = tasks.load(EvaluateConfig())[0].aggregate(rows)
-    assert group["exact_match,none"] == pytest.approx(0.5)
-    assert group["exact_match_stderr,none"] == pytest.approx(0.1 / math.sqrt(5))
+    assert [row["stderr"] for row in evaluate.table(results, None)] == pytest.approx([0.25] * 6)
 
 
 def test_few_shot_examples_are_training_words(checkpoints, tmp_path):

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ def run(
 ) -> dict[str, Any]:
     """Score the checkpoint at `model_dir`; write results.json (what is returned) and lm_eval.json (all that lm-eval says).
 
-    `tasks`: a row for each task, metric and group: value, stderr, `chance` (the embedded tasks), `baseline` (the score of the
+    `tasks`: a row for each task, metric and group: value, stderr, `chance` (the word tasks), `baseline` (the score of the
     checkpoint at `baseline_dir`), documents, higher_is_better. `text`: nats per token of held-out rows whose first token is
     given: `nelbo` with its stderr over rows, `baseline_nelbo`, and `ar_nll`, the loss of the autoregressive model at
     `source_dir` on the same tokens. Tasks, data and settings are checked before the first forward pass.
@@ -110,14 +112,16 @@ def table(results: Row, baseline: Row | None) -> list[Row]:
             metric, _, variant = key.partition(",")
             if not isinstance(numbers[key], (int, float)):
                 continue
-            stderr = numbers.get(f"{metric}_stderr,{variant}")
+            members = results["group_subtasks"].get(name, [name])
+            is_words = set(members) <= set(embedded.TASKS)
+            stderr = _words_stderr(results, members) if is_words else numbers.get(f"{metric}_stderr,{variant}")
             rows.append(
                 {
                     "task": name,
                     "metric": metric if variant == "none" else f"{metric}/{variant}",
                     "value": float(numbers[key]),
                     "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
-                    "chance": _chance(results["group_subtasks"].get(name, [name])) if metric == "exact_match" else None,
+                    "chance": sum(map(embedded.chance_level, members)) / len(members) if is_words else None,
                     "baseline": float(baseline["results"][name][key]) if baseline else None,
                     "documents": numbers["sample_len"],
                     "higher_is_better": results["higher_is_better"].get(name, {}).get(metric),
@@ -126,11 +130,13 @@ def table(results: Row, baseline: Row | None) -> list[Row]:
     return rows
 
 
-def _chance(names: list[str]) -> float | None:
-    """The mean chance level of tasks; None unless all of them are the embedded ones."""
-    if not set(names) <= set(embedded.TASKS):
-        return None
-    return sum(map(embedded.chance_level, names)) / len(names)
+def _words_stderr(results: Row, members: list[str]) -> float | None:
+    """Standard error of the mean over word tasks: over words, since tasks that ask about the same word do not err independently."""
+    by_word = defaultdict(list)
+    for sample in (sample for task in members for sample in results["samples"][task]):
+        by_word[sample["doc"]["word"]].append(sample["exact_match"])
+    means = [statistics.fmean(scores) for scores in by_word.values()]
+    return statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
 
 
 # --- text -----------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lm_eval.api.task
+import lm_eval.evaluator
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
@@ -52,21 +54,21 @@ def leaves(loaded: Iterable[Task | Group]) -> list[Task]:
 
 @contextmanager
 def quiet(code_execution: bool = False) -> Iterator[None]:
-    """lm-eval without its log and its progress bar per task, in one process, and with leave to run code where that is given."""
-    log, bar = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm
-    level = log.level
+    """lm-eval without its log, its progress bar per task, its question to git (which complains outside a repository), and its
+    worker processes; with leave to run code where that is given. All of it is put back at the end."""
     environment = {"DISABLE_MULTIPROC": "1"} | ({"HF_ALLOW_CODE_EXECUTION": "1"} if code_execution else {})
-    before = {name: os.environ.get(name) for name in environment}
+    log = logging.getLogger("lm_eval")
+    level = log.level
     log.setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
-    os.environ.update(environment)
     try:
-        yield
+        with (
+            patch.dict(os.environ, environment),
+            patch.object(lm_eval.api.task, "tqdm", functools.partial(lm_eval.api.task.tqdm, disable=True)),
+            patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
+        ):
+            yield
     finally:
         log.setLevel(level)
-        lm_eval.api.task.tqdm = bar
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _manager(config: EvaluateConfig) -> TaskManager:
