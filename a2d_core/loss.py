@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 CHUNK_ELEMENTS = 1 << 24
 """Logits held at once: 64 MiB of float32."""
 
+ROWS_MULTIPLE = 128
+"""The head runs on a multiple of so many rows: a new shape at every step would have its kernel compiled, and kept, at every step."""
+
 
 def masked_cross_entropy(
     hidden_MH: Tensor,
@@ -37,11 +40,14 @@ def masked_cross_entropy(
             logits_CV = logits_CV.index_fill(1, torch.tensor(excluded_token, device=logits_CV.device), -torch.inf)
         return torch.nn.functional.cross_entropy(logits_CV, target_C, reduction="none")
 
+    scored = len(target_M)
+    spare = -scored % ROWS_MULTIPLE
+    hidden_MH, target_M = torch.nn.functional.pad(hidden_MH, (0, 0, 0, spare)), torch.nn.functional.pad(target_M, (0, spare))
     rows = max(1, CHUNK_ELEMENTS // weight_VH.shape[0])
     pieces = list(zip(hidden_MH.split(rows), target_M.split(rows), strict=True))
     if len(pieces) == 1:
-        return chunk(*pieces[0])
-    return torch.cat([checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces])
+        return chunk(*pieces[0])[:scored]
+    return torch.cat([checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces])[:scored]
 
 
 def weighted_mean(ce_M: Tensor, weight_M: Tensor, denominator: Tensor | float) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import a2d_core
-from a2d_core.config import SampleConfig, require, to_dict
+from a2d_core.config import SampleConfig, to_dict
 from a2d_core.tracking import finite_numbers
 
 REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "jinja2", "numpy")
@@ -28,7 +28,6 @@ def register(model_dir: str | Path, *, name: str, tags: dict[str, str], metrics:
     """
     import mlflow
 
-    require(bool(name) and not set(name) & set("/:."), f"the registered model's name '{name}' must be non-empty, without '/', ':' and '.'")
     client = mlflow.MlflowClient()
     tags = {**tags, "review": "pending", DIGEST_TAG: digest(model_dir)}
     found = _found(client, name, tags)

@@ -59,10 +59,9 @@ def check_server(uri: str) -> None:
             mlflow.set_tracking_uri(uri)
             mlflow.MlflowClient().search_experiments(max_results=1)
     except Exception as error:  # every kind of store has its own: connection, database, permission
-        cause = str(error).splitlines()[0][:200]
         raise UserError(
-            f"the MLflow tracking server at {uri} does not answer ({cause}): start it, or set MLFLOW_TRACKING_URI or tracking.uri; "
-            "with neither set, runs are tracked in the local file mlflow.db"
+            f"MLflow does not answer at {uri} ({_cause(error)}): start the server, or name another with MLFLOW_TRACKING_URI or "
+            "tracking.uri; with neither of them set, runs are tracked in the local file mlflow.db"
         ) from error
 
 
@@ -235,6 +234,13 @@ def _experiment(client: Any, name: str) -> str:
         f"or bring it back with `mlflow experiments restore --experiment-id {found.experiment_id}`",
     )
     return found.experiment_id
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost cause of an error, on one line: clients wrap what happened in what they were doing."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

@@ -63,6 +63,8 @@ class A2DFlow(FlowSpec):
     @step
     def start(self) -> None:
         """Resolve and check the recipe, reach the MLflow server, and open the run there."""
+        from a2d_core.stages import preflight
+
         changes = re.split(r"\s+(?=(?:\w+\.)+\w+=|seed=)", self.overrides.strip()) if self.overrides.strip() else []
         recipe = presets.resolve(self.preset.to_dict(), self.objective, changes, self.seed)
         check_compute(recipe, self.preset.to_dict())
@@ -73,6 +75,7 @@ class A2DFlow(FlowSpec):
             f"steps on {recipe.compute.platform} cannot share {self.tracking_uri}: give the URI of an MLflow server in tracking.uri",
         )
         tracking.check_server(self.tracking_uri)
+        preflight.inputs(recipe)
         self.recipe = to_dict(recipe)
         name = f"{recipe.name}-{recipe.objective}-{current.run_id}"
         self.mlflow_run = tracking.start_parent(recipe, name=name, tags={"metaflow.run": f"{current.flow_name}/{current.run_id}"})
@@ -82,10 +85,11 @@ class A2DFlow(FlowSpec):
     @step
     def convert(self) -> None:
         """Make a diffusion checkpoint of the autoregressive model."""
-        from a2d_core.stages import convert
+        from a2d_core.stages import convert, preflight
 
         with self._stage("convert") as (recipe, room, _):
             numbers = convert.run(recipe.convert, recipe.objective, room / "model", seed=recipe.seed)
+            preflight.checkpoint(recipe, room / "model")
             tracking.log_numbers(numbers)
             self.model = self.untrained = store.put_dir(room / "model", "model")
             is_embedded = recipe.convert.model.split(":")[0] == "embedded"

@@ -12,7 +12,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +85,12 @@ def check_compute(recipe: Recipe, preset: dict[str, Any]) -> None:
         parts = {name: replace(getattr(compute, name), processes=1) for name in ("convert", "train", "generate", "register")}
         return replace(compute, **parts)  # how many processes a stage starts is its own affair
 
+    wanted, built = fixed(recipe.compute), fixed(read_compute(preset))
+    changed = [f"compute.{field.name}" for field in fields(ComputeConfig) if getattr(wanted, field.name) != getattr(built, field.name)]
     require(
-        fixed(recipe.compute) == fixed(read_compute(preset)),
-        "compute.* (but for processes) is read before the overrides: put it into a preset of your own, "
-        'a TOML file with base = "NAME" and a table [compute], and run with --config-value preset FILE',
+        not changed,
+        f"{', '.join(changed)} cannot be changed by an override or for one objective, because it is read before them: put it into "
+        'a preset of your own, a TOML file with base = "NAME" and a table [compute], and give that with --config-value preset FILE',
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import registry
-from a2d_core.config import Recipe, RegisterConfig, SampleConfig, UserError
+from a2d_core.config import Recipe, RegisterConfig, SampleConfig, UserError, require
 
 
 def run(
@@ -17,11 +17,17 @@ def run(
 
 
 def model_name(recipe: Recipe) -> str:
-    """The name of the registered model: `register.name` with {preset} and {objective} filled in."""
+    """The name of the registered model: `register.name` with {preset} and {objective} filled in.
+
+    Raises `UserError` for other braces, and for a name that MLflow does not take.
+    """
+    template = recipe.register.name
     try:
-        return recipe.register.name.format(preset=recipe.name, objective=recipe.objective).replace(".", "-")
+        name = template.format(preset=recipe.name, objective=recipe.objective)
     except (KeyError, IndexError, ValueError):
-        raise UserError(f"register.name='{recipe.register.name}' may contain {{preset}} and {{objective}}, and no other braces") from None
+        raise UserError(f"register.name='{template}' may contain {{preset}} and {{objective}}, and no other braces") from None
+    require(bool(name) and not set(name) & set("/:"), f"register.name='{template}' gives '{name}': use a name without '/' and ':'")
+    return name
 
 
 def gate(results: dict[str, Any] | None) -> str:

@@ -1,0 +1,51 @@
+"""Preflight: what a later stage would refuse, perhaps after hours, is refused before the first one trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from a2d_core.config import Recipe, TrainConfig, require
+from a2d_core.stages import register
+
+SHIPPED = {"pretrain": "embedded:corpus", "sft": "embedded:tasks", "text": "embedded:corpus", "tasks": "a2d_words"}
+"""What needs no look, because it comes with the package."""
+
+
+def inputs(recipe: Recipe) -> None:
+    """Open the data sets and tasks of every stage that is switched on; raises `UserError` as the stages would."""
+    register.model_name(recipe)
+    evaluate = recipe.evaluate
+    if recipe.pretrain.enabled and recipe.pretrain.dataset != SHIPPED["pretrain"]:
+        _documents(recipe.pretrain.dataset, recipe.pretrain, recipe.seed)
+    if recipe.sft.enabled and recipe.sft.dataset != SHIPPED["sft"]:
+        from a2d_core import data
+
+        data.load_conversations(recipe.sft.dataset, recipe.sft, recipe.seed)
+    if evaluate.enabled and evaluate.text_dataset not in (None, SHIPPED["text"]):
+        reading = TrainConfig(dataset=str(evaluate.text_dataset), text_field=evaluate.text_field, max_length=evaluate.text_length)
+        _documents(reading.dataset, reading, recipe.seed)
+    if evaluate.enabled and not set(evaluate.tasks) <= {SHIPPED["tasks"]}:
+        from a2d_core import tasks
+
+        tasks.load(evaluate)
+
+
+def checkpoint(recipe: Recipe, model_dir: str | Path) -> None:
+    """See that the converted checkpoint suits every training stage that is switched on; raises `UserError` as the stages would."""
+    from a2d_core import models, trainer
+
+    model = models.load(model_dir)
+    for config in (recipe.pretrain, recipe.sft):
+        if config.enabled:
+            trainer.check_fits(model, config)
+    require(
+        not recipe.sft.enabled or bool(model.tokenizer.chat_template),
+        f"the tokenizer of '{recipe.convert.model}' has no chat template, which sft needs: start from a model that has one, put a "
+        "chat_template.jinja into its directory, or switch the stage off with sft.enabled=false",
+    )
+
+
+def _documents(spec: str, config: TrainConfig, seed: int) -> None:
+    from a2d_core import data  # heavy, and needless for what is shipped
+
+    data.load_documents(spec, config, seed)
