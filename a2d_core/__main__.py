@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from a2d_core import commands, tracking
+from a2d_core import commands, launch, tracking
 from a2d_core.config import OBJECTIVES, Recipe, UserError, describe
-from a2d_core.launch import WorkerError
 from a2d_core.stages import checks
 
 
@@ -31,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for the user's mistakes, 1 for what else failed and is explained."""
     args = parser().parse_args(arguments)
     tracking.quiet()
+    launch.calm_threads()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are for people
     try:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (checks.MemoryFullError, WorkerError) as error:
+    except (checks.MemoryFullError, launch.WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -76,7 +76,7 @@ class Chat:
         return list(self.model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
     def _fits(self, prompt: list[int]) -> bool:
-        context = getattr(self.model.network.config.get_text_config(), "max_position_embeddings", None)
+        context = self.model.context
         return context is None or len(prompt) + self.config.max_new_tokens <= context
 
 

@@ -17,6 +17,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 OBJECTIVES = ("mdlm", "bd3lm")
@@ -187,7 +188,9 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        require(self.steps_per_block is None or self.steps_per_block >= 1, f"steps_per_block must be at least 1, not {self.steps_per_block}")
+        require(
+            self.steps_per_block is None or self.steps_per_block >= 1, f"steps_per_block must be at least 1, not {self.steps_per_block}"
+        )
         require(self.block_size is None or self.block_size >= 1, f"block_size must be at least 1, not {self.block_size}")
         require(self.threshold is None or 0 < self.threshold <= 1, f"threshold must lie in (0, 1], not {self.threshold}")
         require(self.temperature >= 0, f"temperature must be 0 or more, not {self.temperature}")
@@ -217,6 +220,12 @@ class EvaluateConfig:
     """Score the converted but untrained model too, for comparison."""
     text_dataset: str | None = "embedded:corpus"
     """Held-out text for the NELBO per token (as TrainConfig.dataset); None skips it."""
+    text_config: str | None = None
+    """Configuration (subset) name of a Hub `text_dataset`."""
+    text_split: str | None = None
+    """Split with the held-out text; without it `text_fraction` of the training split is held out, as in pretraining."""
+    text_fraction: float = 0.05
+    """Fraction of the training split that is held out when there is no `text_split`."""
     text_field: str = "text"
     """Column with the text of `text_dataset`."""
     text_length: int = 128
@@ -232,6 +241,7 @@ class EvaluateConfig:
         for name in ("batch_size", "text_rows", "nelbo_samples"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         require(self.text_length >= 2, f"text_length must be at least 2, not {self.text_length}")
+        require(0 < self.text_fraction < 1, f"text_fraction must lie in (0, 1), not {self.text_fraction}")
         require(self.limit is None or self.limit >= 1, f"limit must be at least 1, not {self.limit}")
 
 
@@ -347,6 +357,7 @@ class Recipe:
             "convert.right_shift=true does not fit bd3lm: a block's first token would be read from a noised block in "
             "training and from a clean one in sampling; use --objective mdlm, or leave the shift out",
         )
+        self._check_text_is_held_out()
         if self.objective == "bd3lm":
             for stage in ("pretrain", "sft"):
                 length = getattr(self, stage).max_length
@@ -355,6 +366,22 @@ class Recipe:
                     f"{stage}.max_length={length} is not a multiple of convert.block_size={self.convert.block_size}: "
                     f"use {max(1, length // self.convert.block_size) * self.convert.block_size}",
                 )
+
+    def _check_text_is_held_out(self) -> None:
+        """The text that is scored must not have been trained on."""
+        trained, scored = self.pretrain, self.evaluate
+        if not (trained.enabled and scored.enabled and trained.dataset == scored.text_dataset):
+            return
+        for name, ours, theirs in (
+            ("dataset_config", scored.text_config, trained.dataset_config),
+            ("eval_split", scored.text_split, trained.eval_split),
+            ("eval_fraction", scored.text_fraction, trained.eval_fraction),
+        ):
+            require(
+                ours == theirs,
+                f"evaluate.text_{name.removeprefix('eval_').removeprefix('dataset_')}={ours} differs from pretrain.{name}={theirs}: "
+                "give both the same value, or evaluate would score text that was trained on",
+            )
 
 
 STAGES = ("convert", "pretrain", "sft", "sample", "evaluate", "register")
@@ -410,7 +437,7 @@ def describe(cls: type) -> dict[str, str]:
     """Field name -> the one-line meaning that stands under it in the source."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
     meanings = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             meanings[statement.target.id] = str(following.value.value)  # type: ignore[union-attr]
     return meanings

@@ -18,7 +18,6 @@ import os
 import random
 import re
 import shutil
-import sys
 import sysconfig
 import tempfile
 import time
@@ -285,7 +284,8 @@ def train_base(recipe: Size, tokenizer: PreTrainedTokenizerFast, seed: int) -> t
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, recipe.steps // 20, recipe.steps)
     offsets_L, losses = torch.arange(recipe.row_length), []
-    for _ in tqdm(range(recipe.steps), desc="training the embedded model", unit="step", mininterval=0.1 if sys.stderr.isatty() else 10):
+    steps = tqdm(range(recipe.steps), desc="training the embedded model", unit="step", disable=None)
+    for step in steps:
         starts_B = torch.randint(len(train_T) - recipe.row_length, (recipe.batch_size,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()), attention_kernel(model.device):
             loss = _next_token_loss(model, train_T[starts_B[:, None] + offsets_L])
@@ -295,6 +295,8 @@ def train_base(recipe: Size, tokenizer: PreTrainedTokenizerFast, seed: int) -> t
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
+        if steps.disable and (step + 1) % max(1, recipe.steps // 4) == 0:  # no terminal: a line now and then
+            print(f"training the embedded model: step {step + 1}/{recipe.steps}  loss {loss.item():.3f}", flush=True)
     rows = len(held_out_T) // recipe.row_length
     with torch.no_grad():
         chunks = held_out_T[: rows * recipe.row_length].view(rows, -1).split(64)

@@ -84,7 +84,7 @@ class Follower:
             return
         if self._refused:
             raise UserError(
-                f"training is done, but MLflow does not take the last metrics ({_first_line(self._refused)}): "
+                f"training is done, but MLflow does not take the last metrics ({cause(self._refused)}): "
                 "start it again, then resume this run, which goes on from its last checkpoint"
             ) from self._refused
         if self.errors:
@@ -104,7 +104,7 @@ class Follower:
             except Exception as error:
                 self._jobs.remove(job)
                 self.errors.append(error)
-                _say(f"{type(error).__name__}: {_first_line(error)}; training goes on, and the step fails when it is done")
+                _say(f"{type(error).__name__}: {error}; training goes on, and the step fails when it is done")
 
     def _read(self) -> None:
         """Take in the rows that are new and complete."""
@@ -156,7 +156,7 @@ class Follower:
             sent = self._log.send()
         except Exception as error:  # whatever it is: it is tried again, and raised at the end where it lasts
             if not self._refused:
-                _say(f"MLflow does not take metrics ({_first_line(error)}); training goes on, and they are sent later")
+                _say(f"MLflow does not take metrics ({cause(error)}); training goes on, and they are sent later")
             self._refused, self._refusals = error, self._refusals + 1
             self._next_try = time.monotonic() + min(30.0, self._interval * 2**self._refusals)
         else:
@@ -181,8 +181,11 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def cause(error: BaseException) -> str:
+    """The innermost cause of an error, on one line: clients wrap what happened in what they were doing."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _say(message: str) -> None:

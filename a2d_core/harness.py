@@ -89,7 +89,7 @@ class DiffusionLM(TemplateLM):
     @property
     def max_length(self) -> int | None:
         """Positions of the model's context; None where it has no limit."""
-        return getattr(self.model.network.config.get_text_config(), "max_position_embeddings", None)
+        return self.model.context
 
     @property
     def eot_token_id(self) -> int:

@@ -55,9 +55,7 @@ class Spec:
 
     def to_objective(self) -> Objective:
         """The objective that this checkpoint was converted for."""
-        return objectives.make(
-            self.objective, block_size=self.block_size, mask_token_id=self.mask_token_id, right_shift=self.right_shift
-        )
+        return objectives.make(self.objective, block_size=self.block_size, mask_token_id=self.mask_token_id, right_shift=self.right_shift)
 
 
 class DiffusionModel(nn.Module):
@@ -76,6 +74,11 @@ class DiffusionModel(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.network.device
+
+    @property
+    def context(self) -> int | None:
+        """Positions that the network was made for; None where it has no limit."""
+        return getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def eos_token_id(self) -> int:
@@ -161,11 +164,11 @@ def load(
     """
     network, tokenizer = _load_network(str(path), dtype or "auto", trust_remote_code=trust_remote_code)
     entry = getattr(network.config, "a2d", None)
-    require(
-        isinstance(entry, dict),
-        f"'{path}' is not a diffusion checkpoint: its config.json has no 'a2d' entry. Convert it first: "
-        f"python -m a2d_core convert --model {path} --output-dir DIR",
-    )
+    if not isinstance(entry, dict):
+        raise UserError(
+            f"'{path}' is not a diffusion checkpoint: its config.json has no 'a2d' entry. Convert it first: "
+            f"python -m a2d_core convert --model {path} --output-dir DIR"
+        )
     spec = Spec(**{**entry, "chain": tuple(entry["chain"])})
     model = DiffusionModel(network, tokenizer, spec).to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     model.stored_dtype = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).dtype or network.dtype
@@ -279,7 +282,7 @@ def _refuse_unsupported(config: Any) -> None:
 
 def _why_not_loaded(path: str, error: Exception) -> str:
     reason = " ".join(str(error).split())
-    if os.path.isdir(path):
+    if Path(path).is_dir():
         return f"cannot load a language model from the directory '{path}': {reason}"
     if path.count("/") > 1 or path.startswith((".", "/", "~")):
         return f"model directory '{path}' does not exist"
@@ -302,8 +305,8 @@ def _give_mask_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         if len(tokenizer) > rows:
             network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         if is_new:
-            _initialise_row(network, tokenizer.mask_token_id, seed)
-    return int(tokenizer.mask_token_id)
+            _initialise_row(network, tokenizer.convert_tokens_to_ids(text), seed)
+    return int(tokenizer.convert_tokens_to_ids(tokenizer.mask_token))
 
 
 @torch.no_grad()

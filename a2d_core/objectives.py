@@ -67,9 +67,7 @@ class Objective:
         index_Bn = index_BN[:, : max(1, int(is_noised_BN.sum(1).max()))]
         return index_Bn.masked_fill(index_Bn == blocks, -1)
 
-    def layout(
-        self, input_ids_BL: Tensor, valid_BL: Tensor, is_masked_KBL: Tensor, weight_KBL: Tensor, noised_blocks_Bn: Tensor
-    ) -> Layout:
+    def layout(self, input_ids_BL: Tensor, valid_BL: Tensor, is_masked_KBL: Tensor, weight_KBL: Tensor, noised_blocks_Bn: Tensor) -> Layout:
         """The training and likelihood forward: [x_0 | x_t views], the clean stream without its last block, which nobody sees.
 
         With one block there is no clean stream and each view is a row of its own; with more, the K views

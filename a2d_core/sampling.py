@@ -48,13 +48,15 @@ def generate(
     device. The result of greedy decoding does not depend on what shares the batch, up to float rounding.
     Raises `UserError` where a prompt and its answer exceed the model's context.
     """
-    budget = max_new_tokens or config.max_new_tokens
+    budget = config.max_new_tokens if max_new_tokens is None else max_new_tokens
+    require(budget >= 1, f"max_new_tokens must be at least 1, not {budget}")
     require(all(len(p) > 0 for p in prompts), "a prompt has no tokens: give at least one, such as the beginning-of-sequence token")
-    context = getattr(model.network.config.get_text_config(), "max_position_embeddings", None)
+    context = model.context
     longest = max((len(p) for p in prompts), default=0) + budget
     require(
         context is None or longest <= context,
-        f"prompt and answer need {longest} positions, but the model's context is {context}: lower sample.max_new_tokens={budget} or shorten the prompt",
+        f"prompt and answer need {longest} positions, but the model's context is {context}: "
+        f"lower sample.max_new_tokens={budget} or shorten the prompt",
     )
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[Generation | None] = [None] * len(prompts)
@@ -78,7 +80,8 @@ class _Canvas:
         self.tokens_BL = torch.tensor(tokens, device=model.device)
         self.nfe_B = torch.zeros_like(self.prompt_B)
         self.stop_ids = torch.tensor(model.stop_token_ids, device=model.device)
-        self.cache, self.cached, self.pending_from_B = DynamicCache(), None, torch.zeros_like(self.prompt_B)
+        self.cache, self.pending_from_B = DynamicCache(), torch.zeros_like(self.prompt_B)
+        self.cached: Slots | None = None
 
     @torch.no_grad()
     def fill(self, config: SampleConfig, generator: torch.Generator | None) -> list[Generation]:
@@ -105,11 +108,21 @@ class _Canvas:
         return masked_BA & inside_BA & ~self._stopped()[:, None]
 
     def _step(
-        self, index_BA: Tensor, is_open_BA: Tensor, logits_BAV: Tensor, config: SampleConfig, at_once: int, generator: torch.Generator | None
+        self,
+        index_BA: Tensor,
+        is_open_BA: Tensor,
+        logits_BAV: Tensor,
+        config: SampleConfig,
+        at_once: int,
+        generator: torch.Generator | None,
     ) -> None:
         """One evaluation: propose a token for every open position, and reveal those that the policy picks."""
         choice_BA, probability_BA = propose(logits_BAV, config.temperature, config.top_p, generator)
-        score_BA = probability_BA if config.policy == "confidence" else torch.rand(probability_BA.shape, generator=generator, device=self.model.device)
+        score_BA = (
+            probability_BA
+            if config.policy == "confidence"
+            else torch.rand(probability_BA.shape, generator=generator, device=self.model.device)
+        )
         reveal_BA = reveal_top(score_BA, is_open_BA, at_once)
         if config.threshold is not None:
             reveal_BA |= is_open_BA & (probability_BA >= config.threshold)

@@ -65,8 +65,10 @@ def latest(name: str) -> Reference | None:
         run = Run(f"{current.flow_name}/{origin}", _namespace_check=False)
         origins = {task.metadata_dict.get("origin-run-id", "None") for step in run for task in step} - {"None"}
         origin = min(origins, default=None)
-        unfinished = [task for step in run if step.id == current.step_name for task in step if not task.successful]
-        found = [r for task in unfinished for r in Checkpoint()._search(pathspec=task.pathspec) if r["name"] == name]
+        tasks = [task for step in run if step.id == current.step_name for task in step]
+        if any(task.successful for task in tasks):
+            break
+        found = [r for task in tasks for r in Checkpoint()._search(pathspec=task.pathspec) if r["name"] == name]
     return max(found, key=lambda reference: reference["created_on"], default=None)
 
 

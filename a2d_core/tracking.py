@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core.config import Recipe, TrackingConfig, UserError, require, to_dict
-
-Row = dict[str, Any]
-"""One line of `metrics.jsonl`: `step` and the numbers that belong to it."""
+from a2d_core.follow import Row, cause
 
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -60,7 +58,7 @@ def check_server(uri: str) -> None:
             mlflow.MlflowClient().search_experiments(max_results=1)
     except Exception as error:  # every kind of store has its own: connection, database, permission
         raise UserError(
-            f"MLflow does not answer at {uri} ({_cause(error)}): start the server, or name another with MLFLOW_TRACKING_URI or "
+            f"MLflow does not answer at {uri} ({cause(error)}): start the server, or name another with MLFLOW_TRACKING_URI or "
             "tracking.uri; with neither of them set, runs are tracked in the local file mlflow.db"
         ) from error
 
@@ -234,13 +232,6 @@ def _experiment(client: Any, name: str) -> str:
         f"or bring it back with `mlflow experiments restore --experiment-id {found.experiment_id}`",
     )
     return found.experiment_id
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost cause of an error, on one line: clients wrap what happened in what they were doing."""
-    while inner := error.__cause__ or error.__context__:
-        error = inner
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

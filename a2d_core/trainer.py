@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
 from a2d_core import likelihood, noise
 from a2d_core.config import TrainConfig, UserError, require
@@ -84,7 +84,7 @@ def fit(
 
 def check_fits(model: DiffusionModel, config: TrainConfig) -> None:
     """Raise `UserError` where rows of `config.max_length` do not fit the model's context or its blocks."""
-    context = getattr(model.network.config.get_text_config(), "max_position_embeddings", None)
+    context = model.context
     require(
         context is None or config.max_length <= context,
         f"max_length={config.max_length} is beyond the model's context of {context} positions: lower it to {context}",
@@ -159,6 +159,7 @@ class DiffusionTrainer(Trainer):
         """This process's share of the step's loss, times the number of processes, because DDP averages over them."""
         layout = self.noised_layout(inputs)
         ce_M = model(layout, not self.diffusion.predict_mask_token)
+        assert num_items_in_batch is not None, "get_batch_samples counts the maskable tokens"
         loss = weighted_mean(ce_M, layout.weight_M, num_items_in_batch) * self.accelerator.num_processes
         self.tokens_seen += inputs["labels"].numel() * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -202,7 +203,7 @@ class DiffusionTrainer(Trainer):
         `nelbo_answer` leaves out the fill behind a row's first end-of-sequence token, where rows are filled.
         """
         self.model.eval()
-        sums, tokens, answer_sums, answer_tokens = [], [], [], []
+        gathered: list[Tensor] = []
         for batch in self.get_eval_dataloader(eval_dataset):
             with self.compute_loss_context_manager():
                 estimate = likelihood.nelbo(
@@ -212,17 +213,16 @@ class DiffusionTrainer(Trainer):
             is_answer_BL = ~_is_fill(batch["labels"], self.model.eos_token_id)
             scored_BL = self.model.objective.maskable(batch["labels"]) & batch["valid"]
             parts = estimate.nats_B, estimate.tokens_B, (estimate.nats_BL * is_answer_BL).sum(1), (scored_BL & is_answer_BL).sum(1)
-            for store, part in zip((sums, tokens, answer_sums, answer_tokens), parts, strict=True):
-                store.append(self.accelerator.gather_for_metrics(part).double().cpu())
-        nats_R, tokens_R = torch.cat(sums), torch.cat(tokens)
+            gathered.append(self.accelerator.gather_for_metrics(torch.stack(parts, dim=1)).double().cpu())
+        nats_R, tokens_R, answer_nats_R, answer_tokens_R = torch.cat(gathered).unbind(1)
         nelbo = nats_R.sum() / tokens_R.sum()
         stderr = (nats_R - nelbo * tokens_R).std() * math.sqrt(len(nats_R)) / tokens_R.sum()  # of a ratio of sums
         metrics = {"nelbo": float(nelbo), "nelbo_stderr": float(stderr), "perplexity_bound": float(nelbo.exp())}
         if self.fill:
-            metrics["nelbo_answer"] = float(torch.cat(answer_sums).sum() / torch.cat(answer_tokens).sum())
+            metrics["nelbo_answer"] = float(answer_nats_R.sum() / answer_tokens_R.sum())
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.clock, self.tokens_seen = time.perf_counter(), 0  # evaluation is no training time
         return metrics
 
@@ -248,7 +248,12 @@ class DiffusionTrainer(Trainer):
         directory = Path(output_dir or self.args.output_dir)
         if state_dict is not None:
             state_dict = {name.removeprefix("network."): value for name, value in state_dict.items()}
-        record = {"stage": self.stage, "step": self.state.global_step, "seed": self.noise_seed, "config": dataclasses.asdict(self.diffusion)}
+        record = {
+            "stage": self.stage,
+            "step": self.state.global_step,
+            "seed": self.noise_seed,
+            "config": dataclasses.asdict(self.diffusion),
+        }
         self.model.save(directory, stage=record, state_dict=state_dict)
 
     def take_up(self, checkpoint: Path) -> None:
@@ -292,7 +297,8 @@ class MetricsFile(TrainerCallback):
             return
         with self.path.open("a") as file:
             file.write(json.dumps({**state.log_history[-1], "max_steps": state.max_steps}) + "\n")
-        if args.disable_tqdm:
+        is_milestone = "loss" not in (logs or {}) or state.global_step % max(1, state.max_steps // 20) < args.logging_steps
+        if args.disable_tqdm and is_milestone:
             shown = {k: v for k, v in state.log_history[-1].items() if k not in ("step", "epoch", "total_flos")}
             numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             print(f"step {state.global_step}/{state.max_steps}  {numbers}", flush=True)

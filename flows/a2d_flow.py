@@ -22,12 +22,14 @@ from compute import Compute, check_compute, read_preset  # noqa: E402
 from metaflow import Config, FlowSpec, Parameter, card, current, step  # noqa: E402
 from metaflow._vendor import click  # noqa: E402
 
-from a2d_core import follow, presets, store, tracking  # noqa: E402
+from a2d_core import follow, launch, presets, store, tracking  # noqa: E402
 from a2d_core.config import OBJECTIVES, Recipe, build, require, to_dict  # noqa: E402
 
 tracking.quiet()
-os.environ.setdefault("TQDM_DISABLE", "1")  # a step prints into a log, where progress bars are noise
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+launch.calm_threads()
+LOG_NOISE = {"TQDM_DISABLE": "1", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
+for variable, value in LOG_NOISE.items():  # a step prints into a log, where progress bars are no help
+    os.environ.setdefault(variable, value)
 
 OBJECTIVE = click.Choice(OBJECTIVES)
 OBJECTIVE.__name__ = "str"  # the name of the type in a deployed workflow
@@ -58,17 +60,20 @@ class A2DFlow(FlowSpec):
     objective = Parameter("objective", default="bd3lm", type=OBJECTIVE, help="bd3lm (block diffusion) or mdlm (masked diffusion).")
     seed = Parameter("seed", type=int, help="Seed of everything random; the preset's own where it is not given.")
     overrides = Parameter("overrides", default="", help="Fields of the recipe to change: 'sft.max_steps=100 sample.temperature=0.7'.")
-    export_dir = Parameter("export-dir", default="runs", help="The finished model is written to EXPORT_DIR/RUN_ID/model.")
+    export_dir = Parameter("export-dir", default="runs", help="A local run writes its model to EXPORT_DIR/RUN_ID/model.")
 
     @step
     def start(self) -> None:
         """Resolve and check the recipe, reach the MLflow server, and open the run there."""
-        from a2d_core.stages import preflight
+        from a2d_core.stages import checks, preflight, register
 
         changes = re.split(r"\s+(?=(?:\w+\.)+\w+=|seed=)", self.overrides.strip()) if self.overrides.strip() else []
         recipe = presets.resolve(self.preset.to_dict(), self.objective, changes, self.seed)
         check_compute(recipe, self.preset.to_dict())
+        register.model_name(recipe)
         store.check_datastore(self._datastore.TYPE)
+        if recipe.compute.platform == "local":
+            checks.output_directory(Path(self.export_dir) / current.run_id).rmdir()  # it is made again when there is a model
         self.tracking_uri = tracking.default_uri(recipe.tracking)
         require(
             recipe.compute.platform == "local" or not self.tracking_uri.startswith(("sqlite:", "file:", "/", ".")),
@@ -104,6 +109,7 @@ class A2DFlow(FlowSpec):
         from a2d_core.stages import pretrain
 
         self._train("pretrain", pretrain.run)
+        self.pretrained = self.model
         self.next(self.sft)
 
     @card(type="blank", id="training", refresh_interval=5)
@@ -121,11 +127,11 @@ class A2DFlow(FlowSpec):
         """Answer the recipe's prompts."""
         import cards
 
-        from a2d_core.stages import sample
-
         self.samples: list[dict[str, Any]] = []
         with self._stage("sample") as (recipe, room, _):
             if self._is_on(recipe.sample, "sample"):
+                from a2d_core.stages import sample
+
                 model = store.get_dir(self.model, room / "model")
                 self.samples = sample.run(recipe.sample, model, room / "output", seed=recipe.seed)["samples"]
                 tracking.log_samples(self.samples)
@@ -138,17 +144,26 @@ class A2DFlow(FlowSpec):
         """Score the model, beside the untrained checkpoint and the autoregressive source."""
         import cards
 
-        from a2d_core.stages import evaluate
-
         self.results: dict[str, Any] | None = None
         with self._stage("evaluate") as (recipe, room, _):
             if self._is_on(recipe.evaluate, "evaluate"):
+                from a2d_core.stages import evaluate
+
                 model = store.get_dir(self.model, room / "model")
                 has_baseline = recipe.evaluate.baseline and self.model != self.untrained
                 baseline = store.get_dir(self.untrained, room / "baseline") if has_baseline else None
+                is_between = self.pretrained not in (self.untrained, self.model)
+                pretrained = store.get_dir(self.pretrained, room / "pretrained") if is_between else None
                 source = store.get_dir(self.source, room / "source") if self.source else None
                 results = evaluate.run(
-                    recipe.evaluate, recipe.sample, model, room / "output", seed=recipe.seed, baseline_dir=baseline, source_dir=source
+                    recipe.evaluate,
+                    recipe.sample,
+                    model,
+                    room / "output",
+                    seed=recipe.seed,
+                    baseline_dir=baseline,
+                    pretrained_dir=pretrained,
+                    source_dir=source,
                 )
                 tracking.log_evaluation(results, room / "output")
                 self.results = results
@@ -191,12 +206,15 @@ class A2DFlow(FlowSpec):
     @contextmanager
     def _stage(self, name: str) -> Iterator[tuple[Recipe, Path, str]]:
         """The recipe, a room to work in, and the stage's MLflow run, which is the active one, by its id."""
+        from a2d_core.stages import checks
+
         recipe = build(Recipe, self.recipe)
+        config = getattr(recipe, name)
         tracking.check_server(self.tracking_uri)
-        params = to_dict(getattr(recipe, name))
         with (
-            tracking.stage_run(self.mlflow_run, name, params=params, tags={"metaflow.task": current.pathspec}) as run_id,
+            tracking.stage_run(self.mlflow_run, name, params=to_dict(config), tags={"metaflow.task": current.pathspec}) as run_id,
             tempfile.TemporaryDirectory(prefix=f"a2d-{name}-") as room,
+            checks.memory_advice(name, config),
         ):
             yield recipe, Path(room), run_id
         gc.freeze()  # the process ends now: to take apart all that it has loaded would cost more than a second
@@ -236,6 +254,7 @@ class A2DFlow(FlowSpec):
             tracking.log_numbers(numbers, summary={f"{name}/{key}": value for key, value in numbers.items()})
             self.numbers = {**self.numbers, name: numbers}
             self.model = store.put_dir(room / "output" / "checkpoint-final", "model")
+            store.prune("training", keep=0)  # there is nothing to go on from any more
 
 
 if __name__ == "__main__":

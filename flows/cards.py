@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 from metaflow.cards import Markdown, ProgressBar, Table, VegaChart
 
+import a2d_core
+from a2d_core import presets
 from a2d_core.config import Recipe
 
 TITLES = {"pretrain": "Continued pretraining", "sft": "Supervised fine-tuning"}
@@ -119,7 +120,7 @@ def closing_words(recipe: Recipe, results: dict[str, Any] | None, registered: Ro
     if registered:
         look.append(("registered", f"{registered['name']} version {registered['version']}, alias candidate, review pending"))
     if model:
-        look.append(("chat", f"{tool('python')} -m a2d_core chat --model {short(model)}"))
+        look.append(("chat", chat_command(recipe, model)))
     elif registered:
         look.append(("download", f"mlflow artifacts download --artifact-uri {registered['uri']} --dst-path model"))
     return "\n".join([*lines, *aligned(look)])
@@ -139,7 +140,11 @@ def task_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
 def text_rows(text: Row) -> list[tuple[str, str]]:
     """The NELBO of held-out text, and beside it the autoregressive source's own loss on the same tokens."""
     rows = [("diffusion model, NELBO", estimate(text["nelbo"], text["stderr"]))]
-    for name, meaning in (("baseline_nelbo", "untrained checkpoint, NELBO"), ("ar_nll", "autoregressive source, loss")):
+    for name, meaning in (
+        ("pretrained_nelbo", "pretrained, before sft, NELBO"),
+        ("baseline_nelbo", "untrained checkpoint, NELBO"),
+        ("ar_nll", "autoregressive source, loss"),
+    ):
         if text.get(name) is not None:
             rows.append((meaning, f"{text[name]:.3f}"))
     return rows
@@ -169,10 +174,23 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def chat_command(recipe: Recipe, model: Path) -> str:
+    """The command that opens a chat with the exported model, sampled as in the recipe."""
+    home = Path(a2d_core.__file__).parents[1]
+    is_found = home == Path.cwd() or home.name in ("site-packages", "dist-packages")
+    options = ["--preset", recipe.name] if recipe.name in presets.names() else []
+    if not recipe.sft.enabled:
+        options.append("--raw")
+    elif recipe.sft.dataset.startswith("embedded:"):
+        options.append("--forget")  # its conversations have one turn
+    words = [tool("python"), "-m a2d_core chat", *options, "--model", short(model)]
+    return " ".join(words if is_found else [f"PYTHONPATH={short(home)}", *words])
+
+
 def tool(name: str) -> str:
-    """A program of this run's environment: by its name where that finds it, else by its path."""
-    path, found = Path(sys.executable).with_name(name), shutil.which(name)
-    return name if found and Path(found).parent == path.parent else short(path)
+    """A program of this run's environment as one types it: by its name where that environment is activated, else by its path."""
+    is_active = os.environ.get("VIRTUAL_ENV") == sys.prefix
+    return name if is_active else short(Path(sys.executable).with_name(name))
 
 
 def short(path: str | Path) -> str:
@@ -206,7 +224,7 @@ def side_curve(rows: list[Row], name: str) -> dict[str, Any]:
     """One more number over the steps, small."""
     encoding = {
         "x": {"field": "step", "type": "quantitative", "title": None, "axis": {"tickCount": 3}},
-        "y": {"field": "value", "type": "quantitative", "title": None, "axis": {"tickCount": 3, "format": "~g"}},
+        "y": {"field": "value", "type": "quantitative", "title": None, "axis": {"tickCount": 3, "format": ",.3~r"}},
     }
     return chart(
         [{"step": s, "value": v} for s, v in curve(rows, name)], encoding, height=110, width=200, mark={"type": "line", "color": "#72767d"}

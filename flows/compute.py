@@ -22,6 +22,7 @@ from metaflow.exception import MetaflowException
 import a2d_core
 from a2d_core import presets
 from a2d_core.config import ComputeConfig, Recipe, StepCompute, UserError, build, require
+from a2d_core.stages.checks import MemoryFullError
 
 PROFILES = {"convert": "convert", "pretrain": "train", "sft": "train", "sample": "generate", "evaluate": "generate"}
 """Step -> its part of the compute profile; the steps that only keep books (start, register, end) take `register`."""
@@ -35,16 +36,16 @@ class Refusal(MetaflowException):
 
 @contextmanager
 def told_plainly() -> Iterator[None]:
-    """Turn a `UserError` of the body into a `Refusal`."""
+    """Turn a `UserError` of the body, or its word that the memory is full, into a `Refusal`."""
     try:
         yield
-    except UserError as error:
+    except (UserError, MemoryFullError) as error:
         raise Refusal(str(error)) from None
 
 
 @user_step_decorator
 def plain_refusals(step_name: str, flow: Any, inputs: Any = None, attributes: Any = None) -> Iterator[None]:
-    """Every step's `UserError` is told plainly."""
+    """Around each step: what the user can mend is told plainly."""
     with told_plainly():
         yield
 

@@ -72,10 +72,10 @@ def test_a_leaking_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_network_that_ignores_positions_is_refused() -> None:
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=100, hidden_size=32, n_layer=2, n_head=4)).eval()
+    model = models.DiffusionModel(bloom, embedded.build_tokenizer(), models.Spec("bd3lm", 4, 99))
     with pytest.raises(UserError, match="BloomForCausalLM"):
-        config = transformers.BloomConfig(vocab_size=100, hidden_size=32, n_layer=2, n_head=4)
-        bloom = transformers.BloomForCausalLM(config).eval()
-        models.prove(models.DiffusionModel(bloom, embedded.build_tokenizer(), models.Spec("bd3lm", 4, 99)))
+        models.prove(model)
 
 
 def test_changed_weights_are_noticed() -> None:
@@ -83,7 +83,7 @@ def test_changed_weights_are_noticed() -> None:
     before = {name: weight.clone() for name, weight in model.network.state_dict().items()}
     with torch.no_grad():
         model.network.model.layers[0].mlp.up_proj.weight[0, 0] += 1
-    with pytest.raises(UserError, match="layers.0.mlp.up_proj.weight' changed"):
+    with pytest.raises(UserError, match=r"layers\.0\.mlp.up_proj.weight' changed"):
         models.prove(model, before)
 
 
@@ -124,7 +124,7 @@ def test_a_new_mask_row_has_the_norm_of_the_others_and_is_no_tokens_double(sourc
 
 
 def test_a_plain_checkpoint_is_not_loaded_as_a_diffusion_model(source: Path) -> None:
-    with pytest.raises(UserError, match="is not a diffusion checkpoint.*a2d_core convert"):
+    with pytest.raises(UserError, match=r"is not a diffusion checkpoint.*a2d_core convert"):
         models.load(source)
 
 

@@ -76,7 +76,9 @@ def test_fixed_count_masks_take_every_count_equally_often_and_any_subset() -> No
     block = (torch.arange(8) // 4).expand(200, -1)
     is_masked, weight = noise.draw_fixed_count_mask(0, torch.arange(200), block, maskable, samples=12)
     first = is_masked[:, :, :4].sum(-1)
-    assert [int((first == n).sum()) for n in range(5)] == pytest.approx([0, 800, 800, 800, 0], abs=1e-9)  # exactly: the counts are spread evenly
+    assert [int((first == n).sum()) for n in range(5)] == pytest.approx(
+        [0, 800, 800, 800, 0], abs=1e-9
+    )  # exactly: the counts are spread evenly
     second = is_masked[:, :, 4:].sum(-1)
     assert [int((second == n).sum()) for n in range(5)] == [0, 600, 600, 600, 600]
     assert not is_masked[:, :, 1].any()

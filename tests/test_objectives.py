@@ -42,7 +42,7 @@ def masks(labels: torch.Tensor, views: int = 2, chance: float = 0.5) -> torch.Te
 
 def plain_losses(model: DiffusionModel, is_masked: torch.Tensor) -> torch.Tensor:
     """The same, by the definition: for each row, view and block one forward pass over [clean blocks before it, noised block]."""
-    ids, labels, _ = rows(model)
+    ids = rows(model)[0]
     size = model.objective.block_size or LENGTH
     found = torch.zeros(is_masked.shape)
     for view, row, block in [(k, b, n) for k in range(len(is_masked)) for b in range(len(ids)) for n in range(LENGTH // size)]:

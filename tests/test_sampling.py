@@ -42,7 +42,9 @@ def reference(model: DiffusionModel, prompt: list[int], config: SampleConfig) ->
                 break
             seen = min(start + width, end) if size else end
             position = torch.arange(seen)[None]
-            slots = Slots(position, model.objective.block_of(position), torch.zeros_like(position), torch.ones_like(position, dtype=torch.bool))
+            slots = Slots(
+                position, model.objective.block_of(position), torch.zeros_like(position), torch.ones_like(position, dtype=torch.bool)
+            )
             with torch.no_grad():
                 probability = model.logits(model.hidden(torch.tensor([tokens[:seen]]), slots))[0].softmax(-1)
             nfe += 1
@@ -133,5 +135,5 @@ def test_top_p_keeps_the_smallest_sufficient_set() -> None:
 
 
 def test_what_exceeds_the_context_is_refused_before_any_work() -> None:
-    with pytest.raises(UserError, match="need 130 positions, but the model's context is 128.*max_new_tokens=120"):
+    with pytest.raises(UserError, match=r"need 130 positions, but the model's context is 128.*max_new_tokens=120"):
         sampling.generate(diffusion_model(), prompts_of([10]), replace(CONFIG, max_new_tokens=120))

@@ -18,7 +18,15 @@ from a2d_core.config import TrainConfig, UserError
 from a2d_core.data import DiffusionCollator
 
 CONFIG = TrainConfig(
-    max_length=16, max_steps=4, batch_size=8, learning_rate=1e-3, precision="float32", eval_every=2, save_every=2, log_every=1, lr_scheduler="constant"
+    max_length=16,
+    max_steps=4,
+    batch_size=8,
+    learning_rate=1e-3,
+    precision="float32",
+    eval_every=2,
+    save_every=2,
+    log_every=1,
+    lr_scheduler="constant",
 )
 
 
@@ -31,7 +39,7 @@ def answer_rows(count: int = 64) -> list[dict[str, Any]]:
     """Rows of different lengths with a prompt of three to eight tokens."""
     rows = []
     for i, row in enumerate(text_rows(count)):
-        ids, prompt = row["input_ids"][: 10 + i % 5] + [embedded.build_tokenizer().eos_token_id], 3 + i % 6
+        ids, prompt = [*row["input_ids"][: 10 + i % 5], embedded.build_tokenizer().eos_token_id], 3 + i % 6
         rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "row": i})
     return rows
 
@@ -120,12 +128,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path: Pat
     with torch.no_grad():
         model.network.model.norm.weight.fill_(torch.nan)
     collate = DiffusionCollator(pad_token_id=0, fill_token_id=model.eos_token_id)
-    with pytest.raises(UserError, match="the loss became nan at step 1: lower learning_rate=0.001"):
+    with pytest.raises(UserError, match=r"the loss became nan at step 1: lower learning_rate=0.001"):
         trainer.fit(model, CONFIG, text_rows(), text_rows(8), collate, tmp_path, stage="pretrain")
 
 
 @pytest.mark.parametrize(
-    ("length", "message"), [(1024, "max_length=1024 is beyond the model's context of 128"), (18, "max_length=18 is not a multiple.*block_size=4: use 16")]
+    ("length", "message"),
+    [(1024, "max_length=1024 is beyond the model's context of 128"), (18, "max_length=18 is not a multiple.*block_size=4: use 16")],
 )
 def test_rows_that_do_not_fit_the_model_are_refused_before_training(length: int, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -42,17 +42,19 @@ def run(
     *,
     seed: int = 0,
     baseline_dir: str | Path | None = None,
+    pretrained_dir: str | Path | None = None,
     source_dir: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score the checkpoint at `model_dir`; write results.json (what is returned) and lm_eval.json (all that lm-eval says).
 
     `tasks`: a row for each task, metric and group: value, stderr, `chance` (the word tasks), `baseline` (the score of the
     checkpoint at `baseline_dir`), documents, higher_is_better. `text`: nats per token of held-out rows whose first token is
-    given: `nelbo` with its stderr over rows, `baseline_nelbo`, and `ar_nll`, the loss of the autoregressive model at
+    given: `nelbo` with its stderr over rows, `pretrained_nelbo` of the checkpoint at `pretrained_dir` (before fine-tuning, which
+    may forget how to write plain text), `baseline_nelbo`, and `ar_nll`, the loss of the autoregressive model at
     `source_dir` on the same tokens. Tasks, data and settings are checked before the first forward pass.
     """
     output_dir, baseline_dir = Path(output_dir), baseline_dir if config.baseline else None
-    _require_checkpoints(baseline_dir, source_dir)
+    _require_checkpoints(source_dir, baseline=baseline_dir, pretrained=pretrained_dir)
     loaded = tasks.load(config)
     model = models.load(model_dir)
     rows_BL = held_out_rows(config, model, seed) if config.text_dataset else None
@@ -64,8 +66,9 @@ def run(
         baseline = _score(config, sample, models.load(baseline_dir), loaded, rows_BL, seed)
     summary: Row = {"tasks": table(results, baseline[0]) if results else [], "text": None}
     if rows_BL is not None and nats_B is not None:
+        pretrained_B = None if pretrained_dir is None else score_text(config, models.load(pretrained_dir), rows_BL, seed)
         ar_nll = None if source_dir is None else autoregressive_nll(source_dir, rows_BL, device)
-        summary["text"] = text_summary(nats_B, baseline[1], ar_nll, tokens=rows_BL[:, 1:].numel())
+        summary["text"] = text_summary(nats_B, pretrained_B, baseline[1], ar_nll, tokens=rows_BL[:, 1:].numel())
     output_dir.mkdir(parents=True, exist_ok=True)
     _write(output_dir / "results.json", summary)
     for name, content in (("lm_eval.json", results), ("lm_eval_baseline.json", baseline[0])):
@@ -145,12 +148,19 @@ def _words_stderr(results: Row, members: list[str]) -> float | None:
 def held_out_rows(config: EvaluateConfig, model: DiffusionModel, seed: int) -> Tensor:
     """rows_BL: token ids of at most `config.text_rows` rows, spread evenly over the held-out part of the text."""
     spec = str(config.text_dataset)
-    context = getattr(model.network.config.get_text_config(), "max_position_embeddings", None)
+    context = model.context
     require(
         context is None or config.text_length <= context,
         f"evaluate.text_length={config.text_length} is more than the model's context of {context} positions: lower it",
     )
-    reading = TrainConfig(dataset=spec, text_field=config.text_field, max_length=config.text_length)
+    reading = TrainConfig(
+        dataset=spec,
+        dataset_config=config.text_config,
+        eval_split=config.text_split,
+        eval_fraction=config.text_fraction,
+        text_field=config.text_field,
+        max_length=config.text_length,
+    )
     _, held_out = data.load_documents(spec, reading, seed)
     rows = data.pretraining_rows(held_out, model.tokenizer, config.text_field, config.text_length, insert_eos=True)
     count = min(config.text_rows, len(rows))
@@ -191,14 +201,19 @@ def autoregressive_nll(source_dir: str | Path, rows_BL: Tensor, device: torch.de
     return total / rows_BL[:, 1:].numel()
 
 
-def text_summary(nats_B: Tensor, baseline_nats_B: Tensor | None, ar_nll: float | None, tokens: int) -> Row:
+def text_summary(nats_B: Tensor, pretrained_B: Tensor | None, baseline_B: Tensor | None, ar_nll: float | None, tokens: int) -> Row:
     """Nats per token of rows of equal length, `tokens` in all, from the nats of each row."""
+
+    def per_token(nats_B: Tensor | None) -> float | None:
+        return None if nats_B is None else nats_B.double().sum().item() / tokens
+
     per_token_B = nats_B.double() * len(nats_B) / tokens
     return {
         "nelbo": per_token_B.mean().item(),
         "stderr": (per_token_B.std() / len(nats_B) ** 0.5).item() if len(nats_B) > 1 else None,
+        "pretrained_nelbo": per_token(pretrained_B),
+        "baseline_nelbo": per_token(baseline_B),
         "ar_nll": ar_nll,
-        "baseline_nelbo": None if baseline_nats_B is None else baseline_nats_B.double().sum().item() / tokens,
         "perplexity_bound": math.exp(per_token_B.mean().item()),
         "tokens": tokens,
     }
@@ -215,9 +230,12 @@ def _score(
     return results, None if rows_BL is None else score_text(config, model, rows_BL, seed)
 
 
-def _require_checkpoints(baseline_dir: str | Path | None, source_dir: str | Path | None) -> None:
-    if baseline_dir is not None:
-        require(checks.read_spec(baseline_dir) is not None, f"baseline '{baseline_dir}' is not a diffusion checkpoint: convert it first")
+def _require_checkpoints(source_dir: str | Path | None, **others: str | Path | None) -> None:
+    for role, directory in others.items():
+        require(
+            directory is None or checks.read_spec(directory) is not None,
+            f"{role} '{directory}' is not a diffusion checkpoint: convert it first",
+        )
     if source_dir is not None:
         require((Path(source_dir) / "config.json").is_file(), f"source '{source_dir}' is not the directory of a Hugging Face model")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from a2d_core.config import Recipe, TrainConfig, require
-from a2d_core.stages import register
 
 SHIPPED = {"pretrain": "embedded:corpus", "sft": "embedded:tasks", "text": "embedded:corpus", "tasks": "a2d_words"}
 """What needs no look, because it comes with the package."""
@@ -13,7 +12,6 @@ SHIPPED = {"pretrain": "embedded:corpus", "sft": "embedded:tasks", "text": "embe
 
 def inputs(recipe: Recipe) -> None:
     """Open the data sets and tasks of every stage that is switched on; raises `UserError` as the stages would."""
-    register.model_name(recipe)
     evaluate = recipe.evaluate
     if recipe.pretrain.enabled and recipe.pretrain.dataset != SHIPPED["pretrain"]:
         _documents(recipe.pretrain.dataset, recipe.pretrain, recipe.seed)
@@ -22,8 +20,13 @@ def inputs(recipe: Recipe) -> None:
 
         data.load_conversations(recipe.sft.dataset, recipe.sft, recipe.seed)
     if evaluate.enabled and evaluate.text_dataset not in (None, SHIPPED["text"]):
-        reading = TrainConfig(dataset=str(evaluate.text_dataset), text_field=evaluate.text_field, max_length=evaluate.text_length)
-        _documents(reading.dataset, reading, recipe.seed)
+        reading = TrainConfig(
+            text_field=evaluate.text_field,
+            dataset_config=evaluate.text_config,
+            eval_split=evaluate.text_split,
+            eval_fraction=evaluate.text_fraction,
+        )
+        _documents(str(evaluate.text_dataset), reading, recipe.seed)
     if evaluate.enabled and not set(evaluate.tasks) <= {SHIPPED["tasks"]}:
         from a2d_core import tasks
 
@@ -38,6 +41,11 @@ def checkpoint(recipe: Recipe, model_dir: str | Path) -> None:
     for config in (recipe.pretrain, recipe.sft):
         if config.enabled:
             trainer.check_fits(model, config)
+    length = recipe.evaluate.text_length
+    require(
+        not recipe.evaluate.enabled or recipe.evaluate.text_dataset is None or model.context is None or length <= model.context,
+        f"evaluate.text_length={length} is beyond the model's context of {model.context} positions: lower it to {model.context}",
+    )
     require(
         not recipe.sft.enabled or bool(model.tokenizer.chat_template),
         f"the tokenizer of '{recipe.convert.model}' has no chat template, which sft needs: start from a model that has one, put a "

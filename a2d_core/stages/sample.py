@@ -39,7 +39,12 @@ def run(config: SampleConfig, model_dir: str | Path, output_dir: str | Path, *, 
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     evaluations = sum(generation.nfe for generation in generations)
-    return {"samples": samples, "tokens_per_evaluation": total / max(1, evaluations), "tokens_per_second": total / seconds, "seconds": seconds}
+    return {
+        "samples": samples,
+        "tokens_per_evaluation": total / max(1, evaluations),
+        "tokens_per_second": total / seconds,
+        "seconds": seconds,
+    }
 
 
 def encode_prompt(model: models.DiffusionModel, prompt: str, chat: bool) -> list[int]:

@@ -44,7 +44,12 @@ def work(values: dict[str, Any], model_dir: str, output_dir: str, seed: int, res
     held_out = eval_rows.select(range(min(config.max_eval_rows, len(eval_rows))))
     fill: trainer.Fill = "block" if block_size else "batch"
     collate = data.DiffusionCollator(
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, fill_token_id=tokenizer.eos_token_id, fill_to=fill, block_size=block_size
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        fill_token_id=tokenizer.eos_token_id,
+        fill_to=fill,
+        block_size=block_size,
     )
-    metrics = trainer.fit(model, config, train_rows, held_out, collate, output_dir, stage="sft", seed=seed, fill=fill, resume_from=resume_from)
+    metrics = trainer.fit(
+        model, config, train_rows, held_out, collate, output_dir, stage="sft", seed=seed, fill=fill, resume_from=resume_from
+    )
     return {"train_rows": len(train_rows), "eval_rows": len(held_out), "dropped": dropped, **metrics}
