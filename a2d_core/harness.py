@@ -163,7 +163,7 @@ class DiffusionLM(TemplateLM):
         for row in sorted(range(len(requests)), key=lambda row: len(prompts[row])):
             groups[samplers[row]].append(row)
         texts = [""] * len(requests)
-        with tqdm(total=len(requests), desc="generating", unit="prompt", disable=disable_tqdm) as bar:
+        with tqdm(total=len(requests), desc="generating", unit="prompt", disable=disable_tqdm or None) as bar:
             for sampler, rows in sorted(groups.items(), key=lambda group: group[0].max_new_tokens):
                 generator = torch.Generator(self.device).manual_seed(self.seed)
                 for batch in _batches(rows, sampler.batch_size):
@@ -222,7 +222,7 @@ class DiffusionLM(TemplateLM):
             self._require_room(len(context), len(continuation))
         scores = [0.0] * len(pairs)
         longest_first = sorted((row for row in range(len(pairs)) if pairs[row][1]), key=lambda row: -len(pairs[row][0] + pairs[row][1]))
-        with tqdm(total=len(longest_first), desc="scoring", unit="text", disable=disable_tqdm) as bar:
+        with tqdm(total=len(longest_first), desc="scoring", unit="text", disable=disable_tqdm or None) as bar:
             for batch in _batches(longest_first, self.sample.batch_size):
                 nats_B = self._nelbo([pairs[row] for row in batch], [noise_keys[row] for row in batch])
                 for row, nats in zip(batch, nats_B.tolist(), strict=True):

@@ -138,16 +138,14 @@ def task_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def text_rows(text: Row) -> list[tuple[str, str]]:
-    """The NELBO of held-out text, and beside it the autoregressive source's own loss on the same tokens."""
-    rows = [("diffusion model, NELBO", estimate(text["nelbo"], text["stderr"]))]
-    for name, meaning in (
-        ("pretrained_nelbo", "pretrained, before sft, NELBO"),
-        ("baseline_nelbo", "untrained checkpoint, NELBO"),
-        ("ar_nll", "autoregressive source, loss"),
-    ):
-        if text.get(name) is not None:
-            rows.append((meaning, f"{text[name]:.3f}"))
-    return rows
+    """The NELBO of held-out text along the pipeline, and before it the autoregressive source's own loss on the same tokens."""
+    before = {
+        "ar_nll": "autoregressive source, its own loss",
+        "baseline_nelbo": "converted, untrained, NELBO",
+        "pretrained_nelbo": "pretrained, NELBO",
+    }
+    rows = [(meaning, f"{text[name]:.3f}") for name, meaning in before.items() if text.get(name) is not None]
+    return [*rows, ("finished model, NELBO", estimate(text["nelbo"], text["stderr"]))]
 
 
 def estimate(value: float | None, stderr: float | None = None) -> str:

@@ -32,7 +32,8 @@ def command(*arguments, preset="smoke"):
 def environment(place, **more):
     """That of root on a fresh machine: no user that Metaflow would accept, nothing configured."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("METAFLOW_") and key not in ("USERNAME", "SUDO_USER")}
-    return env | {"USER": "root", "OMP_NUM_THREADS": "1", "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(place)} | more
+    mine = {"USER": "root", "OMP_NUM_THREADS": "1", "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(place)}
+    return env | mine | {"TMPDIR": str(place)} | more  # a killed run leaves its room behind
 
 
 def run(place, *arguments, preset="smoke", **more):

@@ -241,7 +241,7 @@ def _require_checkpoints(source_dir: str | Path | None, **others: str | Path | N
 
 
 def _batches(rows: int, size: int, name: str) -> Iterator[slice]:
-    for start in tqdm(range(0, rows, size), desc=name, unit="batch"):
+    for start in tqdm(range(0, rows, size), desc=name, unit="batch", disable=None):
         yield slice(start, start + size)
 
 
