@@ -71,9 +71,7 @@ class Chat:
         return Answer(reply, generation.nfe, len(generation.tokens), time.perf_counter() - start)
 
     def _prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        if self.raw:
-            return list(self.model.tokenizer(messages[-1]["content"])["input_ids"])
-        return list(self.model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        return self.model.encode(messages[-1]["content"], chat=False) if self.raw else self.model.encode_messages(messages)
 
     def _fits(self, prompt: list[int]) -> bool:
         context = self.model.context

@@ -277,6 +277,8 @@ class StepCompute:
     """Memory in MiB."""
     shared_memory_mb: int | None = None
     """Shared memory in MiB, which data loaders and NCCL use; None keeps the platform's default."""
+    disk_mb: int | None = None
+    """Disk in MiB, for checkpoints; None keeps the platform's default."""
     processes: int = 1
     """Training processes on the node: one per GPU."""
     retries: int = 0

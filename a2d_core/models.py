@@ -92,6 +92,23 @@ class DiffusionModel(nn.Module):
         configured = configured if isinstance(configured, list) else [configured]
         return tuple(sorted({i for i in [self.eos_token_id, *configured] if i is not None}))
 
+    def encode(self, text: str, *, chat: bool = True) -> list[int]:
+        """Token ids of a prompt: a user's turn in the tokenizer's chat template, ready to be answered, or the plain text.
+
+        Raises `UserError` where the tokenizer has no chat template.
+        """
+        if not chat:
+            return list(self.tokenizer(text)["input_ids"])
+        return self.encode_messages([{"role": "user", "content": text}])
+
+    def encode_messages(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation in the tokenizer's chat template, ready for the assistant's turn."""
+        require(
+            bool(self.tokenizer.chat_template),
+            f"the tokenizer of '{self.network.name_or_path}' has no chat template: give prompts as plain text (chat=false, --raw)",
+        )
+        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
     def forward(self, layout: Layout, exclude_mask_token: bool = True) -> Tensor:
         """Cross-entropy ce_M in nats of every scored position; the head runs at those positions only."""
         hidden_MH = self.hidden(layout.input_ids_BS, layout.slots).flatten(0, 1)[layout.source_M]
@@ -146,7 +163,8 @@ def multiplies_bfloat16() -> bool:
     """Whether the hardware has bfloat16 matrix products of its own: on other CPUs they are slower than float32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.12 may not tell
+    return bool(capabilities.get("avx512_bf16", False))
 
 
 def attention_kernel(device: torch.device) -> AbstractContextManager[Any]:

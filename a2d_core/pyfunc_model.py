@@ -35,12 +35,7 @@ class DiffusionLanguageModel(PythonModel):
         unset = {"threshold": "threshold", "block_size": "block_size", "steps": "steps_per_block"}
         changes |= {field: given[name] or None for name, field in unset.items() if name in given}
         config = replace(self.config, **changes)
-        texts = [str(text) for text in model_input["prompt"]]
-        if config.chat:
-            turns = [[{"role": "user", "content": text}] for text in texts]
-            prompts = [list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)) for turn in turns]
-        else:
-            prompts = [list(tokenizer(text)["input_ids"]) for text in texts]
+        prompts = [self.model.encode(str(text), chat=config.chat) for text in model_input["prompt"]]
         return [tokenizer.decode(g.tokens, skip_special_tokens=True) for g in sampling.generate(self.model, prompts, config)]
 
 

@@ -181,13 +181,13 @@ class A2DFlow(FlowSpec):
                 tags = {"metaflow.run": f"{current.flow_name}/{current.run_id}", "mlflow.parent_run": self.mlflow_run}
                 tags |= {"objective": recipe.objective, "base_model": recipe.convert.model, "preset": recipe.name}
                 self.registered = register.run(
-                    recipe.register,
                     store.get_dir(self.model, room / "model"),
                     name=register.model_name(recipe),
                     tags=tags | {"gate": register.gate(self.results)},
                     metrics=tracking.evaluation_numbers(self.results),
                     sample=recipe.sample,
                 )
+        tracking.finish(self.mlflow_run)  # here, because MLflow is loaded: in a step of its own it would take a second more
         self.next(self.end)
 
     @step
@@ -196,8 +196,6 @@ class A2DFlow(FlowSpec):
         import cards
 
         recipe = build(Recipe, self.recipe)
-        tracking.check_server(self.tracking_uri)
-        tracking.finish(self.mlflow_run)
         exported = None
         if recipe.compute.platform == "local":
             exported = store.get_dir(self.model, Path(self.export_dir) / current.run_id / "model")

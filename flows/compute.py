@@ -121,7 +121,13 @@ class Compute(FlowMutator):
 
 def decorators(compute: ComputeConfig, need: StepCompute) -> dict[str, dict[str, Any]]:
     """Metaflow decorator -> its attributes, for a step with this need on this platform."""
-    resources = {"cpu": need.cpu, "gpu": need.gpu or None, "memory": need.memory_mb, "shared_memory": need.shared_memory_mb}
+    resources = {
+        "cpu": need.cpu,
+        "gpu": need.gpu or None,
+        "memory": need.memory_mb,
+        "shared_memory": need.shared_memory_mb,
+        "disk": need.disk_mb,
+    }
     made = {"resources": _given(resources), "timeout": {"minutes": need.timeout_minutes}}
     if need.retries:
         made["retry"] = {"times": need.retries, "minutes_between_retries": need.minutes_between_retries}

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ def is_loopback(address: object) -> bool:
     """Whether a socket address stays on this machine: a path (AF_UNIX), or a loopback host."""
     host = address[0] if isinstance(address, tuple) else None
     return host is None or host in ("localhost", "::1", "") or str(host).startswith(("127.", "::ffff:127."))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_tracking_left_behind():
+    """MLflow keeps its URI in the process and in the environment: the next module begins without it."""
+    yield
+    if "mlflow" in sys.modules:
+        sys.modules["mlflow"].set_tracking_uri(None)
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 @pytest.fixture(autouse=True)

@@ -163,7 +163,7 @@ def test_prompts_are_read_from_text_and_json_lines(tmp_path, fails, checkpoint):
 
 def test_an_mlflow_server_that_does_not_answer_is_named(fails, checkpoint, tmp_path):
     err = fails("sft", "--model", checkpoint, "--output-dir", tmp_path / "out", "--mlflow", "http://127.0.0.1:9")
-    assert "http://127.0.0.1:9 does not answer" in err
+    assert "MLflow does not answer at http://127.0.0.1:9" in err
 
 
 def test_full_memory_ends_with_one_message(run, checkpoint, tmp_path, monkeypatch):

@@ -115,6 +115,7 @@ def test_a_training_step_asks_for_eight_gpus_and_the_shared_memory_that_they_nee
     assert resources["limits"]["nvidia.com/gpu"] == "8"  # which is a request too
     assert float(resources["requests"]["cpu"]) == compute.train.cpu
     assert float(resources["requests"]["memory"].removesuffix("M")) == compute.train.memory_mb
+    assert float(resources["requests"]["ephemeral-storage"].removesuffix("M")) == compute.train.disk_mb
     assert any(v.get("emptyDir", {}).get("sizeLimit") == f"{compute.train.shared_memory_mb}Mi" for v in template["volumes"])
     assert template["nodeSelector"] == {"accelerator": "h100"}
 

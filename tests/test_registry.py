@@ -10,7 +10,7 @@ import mlflow
 import pytest
 
 from a2d_core import presets, sampling, tracking
-from a2d_core.config import RegisterConfig, SampleConfig, UserError
+from a2d_core.config import SampleConfig, UserError
 from a2d_core.stages import register
 
 SAMPLE = SampleConfig(max_new_tokens=12, threshold=0.9)
@@ -42,7 +42,7 @@ def put(parent, tmp_path_factory):
         tags = {"mlflow.parent_run": parent, "metaflow.run": "A2DFlow/1", "gate": "passed"}
         metrics = {"words/exact_match": 0.9, "words/exact_match_chance": None}
         with tracking.stage_run(parent, "register"):
-            return register.run(RegisterConfig(), folder, name=NAME, tags=tags, metrics=metrics, sample=SAMPLE)
+            return register.run(folder, name=NAME, tags=tags, metrics=metrics, sample=SAMPLE)
 
     return run
 

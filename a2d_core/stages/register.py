@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import registry
-from a2d_core.config import Recipe, RegisterConfig, SampleConfig, UserError, require
+from a2d_core.config import Recipe, SampleConfig, UserError, require
 
 
-def run(
-    config: RegisterConfig, model_dir: str | Path, *, name: str, tags: dict[str, str], metrics: dict[str, Any], sample: SampleConfig
-) -> dict[str, Any]:
+def run(model_dir: str | Path, *, name: str, tags: dict[str, str], metrics: dict[str, Any], sample: SampleConfig) -> dict[str, Any]:
     """Register a checkpoint under `name` in the active MLflow run; return {"name", "version", "uri"}."""
     return registry.register(model_dir, name=name, tags=tags, metrics=metrics, sample=sample)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from a2d_core import models, sampling
-from a2d_core.config import SampleConfig, require
+from a2d_core.config import SampleConfig
 
 
 def run(config: SampleConfig, model_dir: str | Path, output_dir: str | Path, *, seed: int = 0) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def run(config: SampleConfig, model_dir: str | Path, output_dir: str | Path, *, 
     Each sample has its prompt, completion, `nfe` (network evaluations), `new_tokens`, and `tokens_per_second` of its batch.
     """
     model = models.load(model_dir)
-    prompts = [encode_prompt(model, prompt, config.chat) for prompt in config.prompts]
+    prompts = [model.encode(prompt, chat=config.chat) for prompt in config.prompts]
     generator = torch.Generator(model.device).manual_seed(seed)
     started = time.perf_counter()
     generations = sampling.generate(model, prompts, config, generator=generator)
@@ -45,15 +45,3 @@ def run(config: SampleConfig, model_dir: str | Path, output_dir: str | Path, *, 
         "tokens_per_second": total / seconds,
         "seconds": seconds,
     }
-
-
-def encode_prompt(model: models.DiffusionModel, prompt: str, chat: bool) -> list[int]:
-    """Token ids of a prompt: a user's turn in the tokenizer's chat template, or plain text."""
-    if not chat:
-        return model.tokenizer(prompt)["input_ids"]
-    require(
-        bool(model.tokenizer.chat_template),
-        f"the tokenizer of '{model.network.name_or_path}' has no chat template: set sample.chat=false to give prompts as plain text",
-    )
-    message = [{"role": "user", "content": prompt}]
-    return model.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
