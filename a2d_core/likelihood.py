@@ -42,7 +42,7 @@ def nelbo(
     samples: int,
     seed: int,
     rows_B: Tensor | None = None,
-    forward: Callable[[Layout], Tensor] | None = None,
+    forward: Callable[[Layout], tuple[Tensor, Tensor]] | None = None,
 ) -> Estimate:
     """Monte Carlo estimate of the NELBO over the full range of t, of the tokens whose label is not -100 given all others.
 
@@ -61,7 +61,7 @@ def nelbo(
     for start in range(0, samples, VIEWS_PER_PASS):
         views = slice(start, start + VIEWS_PER_PASS)
         layout = objective.layout(input_ids_BL, valid_BL, is_masked_KBL[views], weight_KBL[views], noised_blocks)
-        nats_KBL[views].view(-1).index_add_(0, layout.token_M, (forward or model)(layout) * layout.weight_M)
+        nats_KBL[views].view(-1).index_add_(0, layout.token_M, (forward or model)(layout)[1] * layout.weight_M)
     nats_KB = nats_KBL.sum(-1)
     spread_B = nats_KB.std(0) if samples > 1 else torch.full_like(nats_KB[0], torch.nan)
     return Estimate(nats_KB.mean(0), nats_KBL.mean(0), spread_B / samples**0.5, is_maskable_BL.sum(1))

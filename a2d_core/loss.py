@@ -1,59 +1,108 @@
-"""Pure losses: functions of tensors, in nats."""
+"""The loss: cross-entropy at the masked positions, in nats, without a tensor of logits for all of them."""
 
-# Shapes: M scored positions, H hidden, V vocabulary
+# Shapes: M scored positions, C positions of a chunk, H hidden, V vocabulary
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits held at once: 64 MiB of float32."""
-
 ROWS_MULTIPLE = 128
 """The head runs on a multiple of so many rows: a new shape at every step would have its kernel compiled, and kept, at every step."""
 
 
-def masked_cross_entropy(
-    hidden_MH: Tensor,
-    weight_VH: Tensor,
-    target_M: Tensor,
-    *,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    excluded_token: int | None = None,
-) -> Tensor:
-    """Cross-entropy ce_M, in nats and float32, of softcap(scale * (hidden @ weight.T + bias)) against the targets.
+@dataclass(frozen=True)
+class Head:
+    """How logits come from hidden states: softcap(scale * (hidden @ weight.T + bias))."""
 
-    The logits exist for a chunk of positions at a time, and are computed again in the backward pass.
-    `excluded_token` (the mask token) is left out of the softmax: it is not a prediction, so a uniform
-    model scores log(V - 1).
+    scale: float = 1.0
+    """Granite and Cohere scale their logits."""
+    softcap: float | None = None
+    """Gemma 2 squashes them to cap * tanh(logits / cap)."""
+    excluded_token: int | None = None
+    """Left out of the softmax (the mask token): it is not a prediction, so a uniform model scores log(V - 1)."""
+
+    def logits(self, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> Tensor:
+        """Logits [..., V] in float32."""
+        logits = F.linear(hidden_CH, weight_VH, bias_V).float()
+        if self.scale != 1:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        if self.excluded_token is not None:
+            logits[..., self.excluded_token] = -torch.inf
+        return logits
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """d logits / d (hidden @ weight.T + bias), from the logits; 0 where a token is excluded."""
+        if self.softcap is None:
+            return self.scale
+        return (self.scale * (1 - (logits / self.softcap) ** 2)).clamp(min=0)
+
+
+def weighted_cross_entropy(
+    hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_M: Tensor, coefficient_M: Tensor, head: Head
+) -> tuple[Tensor, Tensor]:
+    """The sum of coefficient * cross-entropy, and the cross-entropies ce_M themselves (detached), in nats and float32.
+
+    With the coefficients w(t) and divided by views x maskable tokens of the whole optimizer step, the sum is the NELBO per
+    token. Logits exist for a chunk of positions at a time and once: their gradient is taken in the same pass, three
+    matrix products in all, because the sum is a scalar, and what comes from behind can only scale it.
+    Source: MDLM (arXiv 2406.07524, eq. 10); BD3LM (arXiv 2503.09573, eq. 8); gradients in the forward pass after
+    Liger (arXiv 2410.10989).
     """
-
-    def chunk(hidden_CH: Tensor, target_C: Tensor) -> Tensor:
-        logits_CV = torch.nn.functional.linear(hidden_CH, weight_VH, bias).float() * scale
-        if softcap is not None:
-            logits_CV = softcap * torch.tanh(logits_CV / softcap)
-        if excluded_token is not None:
-            logits_CV = logits_CV.index_fill(1, torch.tensor(excluded_token, device=logits_CV.device), -torch.inf)
-        return torch.nn.functional.cross_entropy(logits_CV, target_C, reduction="none")
-
-    scored = len(target_M)
-    spare = -scored % ROWS_MULTIPLE
-    hidden_MH, target_M = torch.nn.functional.pad(hidden_MH, (0, 0, 0, spare)), torch.nn.functional.pad(target_M, (0, spare))
-    rows = max(1, CHUNK_ELEMENTS // weight_VH.shape[0])
-    pieces = list(zip(hidden_MH.split(rows), target_M.split(rows), strict=True))
-    if len(pieces) == 1:
-        return chunk(*pieces[0])[:scored]
-    return torch.cat([checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces])[:scored]
+    scored, spare = len(target_M), -len(target_M) % ROWS_MULTIPLE
+    hidden_MH, target_M, coefficient_M = F.pad(hidden_MH, (0, 0, 0, spare)), F.pad(target_M, (0, spare)), F.pad(coefficient_M, (0, spare))
+    total, ce_M = _WeightedCrossEntropy.apply(hidden_MH, weight_VH, bias_V, target_M, coefficient_M.float(), head)
+    return total, ce_M[:scored]
 
 
-def weighted_mean(ce_M: Tensor, weight_M: Tensor, denominator: Tensor | float) -> Tensor:
-    """sum(weight * cross-entropy) / denominator: nats per maskable token when the denominator is views x maskable tokens.
+class _WeightedCrossEntropy(torch.autograd.Function):
+    """Forward and backward of `weighted_cross_entropy`, a chunk of positions at a time."""
 
-    The denominator belongs to the whole optimizer step, all processes and micro-batches, so that neither
-    changes the gradient. Source: MDLM (arXiv 2406.07524, eq. 10); BD3LM (arXiv 2503.09573, eq. 8).
-    """
-    return (ce_M * weight_M).sum() / denominator
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_M: Tensor, coefficient_M: Tensor, head: Head
+    ) -> tuple[Tensor, Tensor]:
+        kind = hidden_MH.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_MH.dtype
+        with torch.autocast(kind, enabled=False):
+            weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
+            wants_gradient = any(ctx.needs_input_grad[:3])
+            ce_M = torch.empty(len(target_M), device=hidden_MH.device)
+            d_hidden_MH = torch.empty_like(hidden_MH) if wants_gradient else None
+            d_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_gradient else None
+            d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_gradient and bias_V is not None else None
+            rows = max(1, CHUNK_ELEMENTS // len(weight_VH))
+            for start in range(0, len(target_M), rows):
+                chunk = slice(start, start + rows)
+                hidden_CH, target_C1, coefficient_C1 = hidden_MH[chunk].to(dtype), target_M[chunk, None], coefficient_M[chunk, None]
+                logits_CV = head.logits(hidden_CH, weight, bias)
+                log_sum_C1 = logits_CV.logsumexp(-1, keepdim=True)
+                ce_M[chunk] = (log_sum_C1 - logits_CV.gather(-1, target_C1))[:, 0]
+                if d_hidden_MH is None or d_weight_VH is None:
+                    continue
+                slope = head.slope(logits_CV)
+                d_logits_CV = logits_CV.sub_(log_sum_C1).exp_().mul_(coefficient_C1)
+                d_logits_CV.scatter_add_(-1, target_C1, -coefficient_C1)
+                d_linear_CV = d_logits_CV.mul_(slope).to(dtype)
+                d_hidden_MH[chunk] = d_linear_CV @ weight
+                d_weight_VH += d_linear_CV.T @ hidden_CH
+                if d_bias_V is not None:
+                    d_bias_V += d_linear_CV.float().sum(0)
+        ctx.save_for_backward(d_hidden_MH, d_weight_VH, d_bias_V)
+        ctx.weight_dtype = weight_VH.dtype
+        ctx.mark_non_differentiable(ce_M)
+        return (ce_M * coefficient_M).sum(), ce_M
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden_MH, d_weight_VH, d_bias_V = ctx.saved_tensors
+        d_bias = None if d_bias_V is None else (d_bias_V * d_total).to(ctx.weight_dtype)
+        return d_hidden_MH * d_total.to(d_hidden_MH.dtype), (d_weight_VH * d_total).to(ctx.weight_dtype), d_bias, None, None, None

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from a2d_core import objectives
 from a2d_core.attention import Slots, network_mask
 from a2d_core.config import ConvertConfig, UserError, require
-from a2d_core.loss import masked_cross_entropy
+from a2d_core.loss import Head, weighted_cross_entropy
 from a2d_core.objectives import Layout, Objective
 
 logger = logging.getLogger(__name__)
@@ -109,14 +109,20 @@ class DiffusionModel(nn.Module):
         )
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
-    def forward(self, layout: Layout, exclude_mask_token: bool = True) -> Tensor:
-        """Cross-entropy ce_M in nats of every scored position; the head runs at those positions only."""
+    def forward(self, layout: Layout, exclude_mask_token: bool = True) -> tuple[Tensor, Tensor]:
+        """The sum of weight x cross-entropy over the scored positions, and their cross-entropies ce_M (detached), in nats.
+
+        The head runs at those positions only, and the loss inside this forward, so that DDP and FSDP see every use of a weight.
+        """
         hidden_MH = self.hidden(layout.input_ids_BS, layout.slots).flatten(0, 1)[layout.source_M]
-        head = self.network.get_output_embeddings()
-        return masked_cross_entropy(
-            hidden_MH, head.weight, layout.target_M, bias=getattr(head, "bias", None), scale=self.spec.logit_scale,
-            softcap=self.spec.logit_softcap, excluded_token=self.spec.mask_token_id if exclude_mask_token else None,
-        )  # fmt: skip
+        output = self.network.get_output_embeddings()
+        head = self.head if exclude_mask_token else dataclasses.replace(self.head, excluded_token=None)
+        return weighted_cross_entropy(hidden_MH, output.weight, getattr(output, "bias", None), layout.target_M, layout.weight_M, head)
+
+    @property
+    def head(self) -> Head:
+        """How the network turns hidden states into logits; the mask token is never a prediction."""
+        return Head(self.spec.logit_scale, self.spec.logit_softcap, self.spec.mask_token_id)
 
     def hidden(self, input_ids_BQ: Tensor, slots: Slots, cached: Slots | None = None, cache: DynamicCache | None = None) -> Tensor:
         """Final hidden states [B, Q, H]. With a cache, the queries also see the `cached` slots and are appended to it."""
@@ -132,12 +138,9 @@ class DiffusionModel(nn.Module):
         return output.last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] in float32, as the network computes them; the mask token is never a prediction: -inf."""
-        logits = self.network.get_output_embeddings()(hidden).float() * self.spec.logit_scale
-        if self.spec.logit_softcap is not None:
-            logits = self.spec.logit_softcap * torch.tanh(logits / self.spec.logit_softcap)
-        logits[..., self.spec.mask_token_id] = -torch.inf
-        return logits
+        """Logits [..., V] in float32, as the network computes them; the mask token's is -inf."""
+        output = self.network.get_output_embeddings()
+        return self.head.logits(hidden, output.weight, getattr(output, "bias", None))
 
     def save(self, directory: str | Path, stage: dict[str, Any] | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write a checkpoint directory; `stage` is appended to the chain of stages that made it."""

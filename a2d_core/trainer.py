@@ -28,7 +28,6 @@ from transformers.trainer_callback import PrinterCallback, TrainerControl, Train
 
 from a2d_core import likelihood, noise
 from a2d_core.config import TrainConfig, UserError, require
-from a2d_core.loss import weighted_mean
 from a2d_core.models import DiffusionModel, multiplies_bfloat16
 
 EVAL_SEED = 20_503_09573
@@ -158,9 +157,9 @@ class DiffusionTrainer(Trainer):
     ) -> Any:
         """This process's share of the step's loss, times the number of processes, because DDP averages over them."""
         layout = self.noised_layout(inputs)
-        ce_M = model(layout, not self.diffusion.predict_mask_token)
+        total, _ = model(layout, not self.diffusion.predict_mask_token)
         assert num_items_in_batch is not None, "get_batch_samples counts the maskable tokens"
-        loss = weighted_mean(ce_M, layout.weight_M, num_items_in_batch) * self.accelerator.num_processes
+        loss = total / num_items_in_batch * self.accelerator.num_processes
         self.tokens_seen += inputs["labels"].numel() * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
 

@@ -1,4 +1,4 @@
-"""The losses."""
+"""The loss."""
 
 from __future__ import annotations
 
@@ -8,41 +8,60 @@ import pytest
 import torch
 
 from a2d_core import loss
+from a2d_core.loss import Head
+
+VOCAB = 50
 
 
-def tensors(vocabulary: int = 50) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(37, 8, generator=generator, requires_grad=True)
-    weight = torch.randn(vocabulary, 8, generator=generator, requires_grad=True)
-    return hidden, weight, torch.randint(0, vocabulary - 1, (37,), generator=generator)
+    weight = torch.randn(VOCAB, 8, generator=generator, requires_grad=True)
+    bias = torch.randn(VOCAB, generator=generator, requires_grad=True)
+    return hidden, weight, bias, torch.randint(0, VOCAB - 1, (37,), generator=generator), torch.rand(37, generator=generator)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("head", [Head(), Head(scale=0.5, excluded_token=49), Head(scale=2.0, softcap=3.0, excluded_token=49)])
 @pytest.mark.parametrize("rows_at_once", [5, 1000])
-def test_chunks_change_neither_the_loss_nor_its_gradient(rows_at_once: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight, target = tensors()
-    logits = hidden @ weight.T * 0.5
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    logits = logits.clone()
-    logits[:, 49] = -torch.inf
+def test_the_sum_and_its_gradients_are_those_of_the_plain_formula(
+    rows_at_once: int, head: Head, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, bias, target, coefficient = tensors()
+    inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
+    logits = hidden @ weight.T + (bias if with_bias else 0)
+    logits = logits * head.scale
+    logits = logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+    if head.excluded_token is not None:
+        logits = logits.index_fill(1, torch.tensor(head.excluded_token), -torch.inf)
     expected = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-    gradients = torch.autograd.grad(expected.sum(), (hidden, weight))
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", rows_at_once * 50)
-    found = loss.masked_cross_entropy(hidden, weight, target, scale=0.5, softcap=softcap, excluded_token=49)
-    assert torch.allclose(found, expected, atol=1e-5)
-    for a, b in zip(torch.autograd.grad(found.sum(), (hidden, weight)), gradients, strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+    gradients = torch.autograd.grad((expected * coefficient).sum() / 7, inputs)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", rows_at_once * VOCAB)
+    total, each = loss.weighted_cross_entropy(hidden, weight, bias if with_bias else None, target, coefficient, head)
+    assert torch.allclose(each, expected, atol=1e-5) and not each.requires_grad
+    assert torch.allclose(total, (expected * coefficient).sum(), rtol=1e-5)
+    for found, wanted in zip(torch.autograd.grad(total / 7, inputs), gradients, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_the_excluded_token_is_no_choice() -> None:
-    _, weight, target = tensors()
-    found = loss.masked_cross_entropy(torch.zeros(37, 8), weight, target, excluded_token=49)
-    assert torch.allclose(found, torch.full((37,), math.log(49)))
-    assert torch.allclose(loss.masked_cross_entropy(torch.zeros(37, 8), weight, target), torch.full((37,), math.log(50)))
+    _, weight, _, target, coefficient = tensors()
+    for head, count in ((Head(excluded_token=49), 49), (Head(), 50)):
+        _, each = loss.weighted_cross_entropy(torch.zeros(37, 8), weight, None, target, coefficient, head)
+        assert torch.allclose(each, torch.full((37,), math.log(count)))
 
 
 def test_nothing_masked_is_a_loss_of_zero_with_a_gradient() -> None:
-    hidden, weight, _ = tensors()
-    found = loss.weighted_mean(loss.masked_cross_entropy(hidden[:0], weight, torch.empty(0, dtype=torch.long)), torch.empty(0), 10)
-    found.backward()
-    assert found == 0 and (weight.grad == 0).all()
+    hidden, weight, _, _, _ = tensors()
+    total, each = loss.weighted_cross_entropy(hidden[:0], weight, None, torch.empty(0, dtype=torch.long), torch.empty(0), Head())
+    total.backward()
+    assert total == 0 and len(each) == 0 and (weight.grad == 0).all()
+
+
+def test_bfloat16_keeps_the_weights_gradient_in_float32() -> None:
+    hidden, weight, _, target, coefficient = tensors()
+    exact = torch.autograd.grad(loss.weighted_cross_entropy(hidden, weight, None, target, coefficient, Head())[0], weight)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = loss.weighted_cross_entropy(hidden, weight, None, target, coefficient, Head())
+    (found,) = torch.autograd.grad(total, weight)
+    assert found.dtype == torch.float32 and torch.allclose(found, exact, atol=0.1, rtol=0.05)

@@ -32,7 +32,7 @@ def losses(model: DiffusionModel, is_masked: torch.Tensor, *, batch: tuple[torch
     ids, labels, valid = batch or rows(model)
     layout = model.objective.layout(ids, valid, is_masked, torch.ones(is_masked.shape), model.objective.noised_blocks(labels))
     with torch.no_grad():
-        ce = model(layout)
+        _, ce = model(layout)
     return torch.zeros(is_masked.shape).flatten().index_add(0, layout.token_M, ce).view(is_masked.shape)
 
 
