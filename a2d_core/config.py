@@ -116,6 +116,8 @@ class TrainConfig:
     """Second-moment decay of AdamW."""
     views: int = 1
     """Noised views of each row per step; bd3lm computes the clean stream once for all of them."""
+    complementary: bool = False
+    """Views come in pairs, of a mask and its complement: every maskable token is scored once in each pair."""
     schedule: Literal["linear", "cosine"] = "linear"
     """Noise schedule alpha(t)."""
     t_draws: Literal["stratified", "iid", "per_sequence"] = "stratified"
@@ -151,6 +153,11 @@ class TrainConfig:
         require(0 <= self.warmup_ratio < 1, f"warmup_ratio must lie in [0, 1), not {self.warmup_ratio}")
         require(0 < self.eval_fraction < 1, f"eval_fraction must lie in (0, 1), not {self.eval_fraction}")
         require(0 < self.t_min < self.t_max <= 1, f"0 < t_min < t_max <= 1 must hold, not t_min={self.t_min}, t_max={self.t_max}")
+        require(
+            not self.complementary or (self.views % 2 == 0 and self.schedule == "linear" and self.t_max == 1),
+            f"complementary=true pairs the times t and 1 - t: it needs an even number of views, not {self.views}, "
+            f"schedule=linear, not {self.schedule}, and t_max=1, not {self.t_max}",
+        )
         for name in ("eval_every", "save_every"):
             require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
         require(

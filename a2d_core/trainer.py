@@ -165,16 +165,12 @@ class DiffusionTrainer(Trainer):
 
     def noised_layout(self, inputs: Batch) -> Any:
         """Draw t and the masks of a micro-batch, and lay out its forward pass."""
-        config, objective = self.diffusion, self.model.objective
-        labels_BL, rows_B, step = inputs["labels"], inputs["global_row"], self.state.global_step
-        t_KBN = noise.draw_t(
-            config.t_draws, self.noise_seed, step, rows_B, total_rows=inputs["total_rows"], blocks=inputs["most_blocks"],
-            views=config.views, t_min=config.t_min, t_max=config.t_max,
+        config, objective, labels_BL = self.diffusion, self.model.objective, inputs["labels"]
+        block_L = objective.block_of(torch.arange(labels_BL.shape[1], device=labels_BL.device))
+        t_KBL, is_masked_KBL = corrupt(
+            config, self.noise_seed, self.state.global_step, inputs["global_row"], block_L,
+            objective.maskable(labels_BL) & inputs["valid"], total_rows=inputs["total_rows"], blocks=inputs["most_blocks"],
         )  # fmt: skip
-        position_L = torch.arange(labels_BL.shape[1], device=labels_BL.device)
-        t_KBL = t_KBN[:, :, objective.block_of(position_L)]
-        is_maskable_BL = objective.maskable(labels_BL) & inputs["valid"]
-        is_masked_KBL = noise.draw_mask(self.noise_seed, step, rows_B, 1 - noise.alpha(t_KBL, config.schedule), is_maskable_BL)
         weight_KBL = noise.nelbo_weight(t_KBL, config.schedule) if config.weighting == "nelbo" else torch.ones_like(t_KBL)
         return objective.layout(inputs["input_ids"], inputs["valid"], is_masked_KBL, weight_KBL, inputs["noised_blocks"])
 
@@ -348,6 +344,22 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
     if arguments.device.type == "cuda":
         arguments._n_gpu = 1  # one process has one GPU: Trainer would wrap several visible ones in DataParallel
     return arguments
+
+
+def corrupt(
+    config: TrainConfig, seed: int, step: int, rows_B: Tensor, block_L: Tensor, is_maskable_BL: Tensor, *, total_rows: int, blocks: int
+) -> tuple[Tensor, Tensor]:
+    """The times t_KBL and the masks is_masked_KBL of the given global rows of one optimizer step, as the configuration draws them."""
+    views = config.views // 2 if config.complementary else config.views
+    t_max = 1 - config.t_min if config.complementary else config.t_max
+    t_KBN = noise.draw_t(
+        config.t_draws, seed, step, rows_B, total_rows=total_rows, blocks=blocks, views=views, t_min=config.t_min, t_max=t_max
+    )
+    t_KBL = t_KBN[:, :, block_L]
+    is_masked_KBL = noise.draw_mask(seed, step, rows_B, 1 - noise.alpha(t_KBL, config.schedule), is_maskable_BL)
+    if config.complementary:  # a complement at t is a mask at 1 - t, and has that time's weight
+        return torch.cat([t_KBL, 1 - t_KBL]), torch.cat([is_masked_KBL, is_maskable_BL & ~is_masked_KBL])
+    return t_KBL, is_masked_KBL
 
 
 def _is_complete(checkpoint: Path, config: TrainConfig) -> bool:

@@ -116,6 +116,20 @@ def test_more_views_are_scored_at_the_same_scale(views: int, tmp_path: Path) -> 
     assert losses(tmp_path)[0] == pytest.approx(math.log(model.network.config.vocab_size - 1), rel=0.1)
 
 
+def test_a_complementary_pair_scores_every_maskable_token_once_at_the_scale_of_the_nelbo() -> None:
+    config = replace(CONFIG, views=4, complementary=True)
+    maskable = torch.rand(300, 16, generator=torch.Generator().manual_seed(0)) < 0.7
+    t, is_masked = trainer.corrupt(config, 0, 0, torch.arange(300), torch.arange(16) // 4, maskable, total_rows=300, blocks=4)
+    assert torch.equal(is_masked[:2] ^ is_masked[2:], maskable.expand(2, -1, -1)) and not (is_masked[:2] & is_masked[2:]).any()
+    share = (is_masked / t).sum((1, 2)) / maskable.sum()  # E[w(t) x masked] is one for each view
+    assert torch.allclose(share, torch.ones(4), atol=0.1)
+
+
+def test_complementary_views_that_do_not_pair_are_refused() -> None:
+    with pytest.raises(UserError, match="needs an even number of views, not 3"):
+        replace(CONFIG, views=3, complementary=True)
+
+
 def test_evaluation_reports_the_nelbo_with_and_without_the_fill(tmp_path: Path) -> None:
     _, metrics = run(tmp_path, rows=answer_rows(), fill="block")
     assert metrics["eval_nelbo"] > 0 and metrics["eval_nelbo_stderr"] > 0
