@@ -4,9 +4,9 @@
 
 The plain method is what a reader of the papers writes first: for each view one forward over [x_t | x_0] with every
 block noised, logits [B, L, V] for the whole noised half, and cross-entropy over all of it. Ours shares the clean stream
-between the views, noises only blocks that can be scored, and runs the head at masked positions. Each cell is a process
-of its own, in which both methods run; supervised means masked, scored positions; memory is the peak of a step above
-what the weights and their gradients take. On a machine without a GPU that is resident memory.
+between the views, noises only blocks that can be scored, and runs the head at masked positions. Speeds are
+measured with both methods in turn in one process, memory in a process for each; supervised means masked, scored positions.
+Memory is the peak of resident memory in a step, above what the weights and their gradients take.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def ours_step(model: Any, batch: dict[str, Any], arithmetic: Callable[[], Abstra
 
 
 def measure_cell(cell: dict[str, Any]) -> dict[str, Any]:
-    """Seconds per step of both methods in this process, interleaved; or the memory peak of `peak_of`, in a process that did nothing else."""
+    """Seconds per step of both methods, interleaved; or the memory peak of the method `peak_of`, which then runs alone."""
     import torch
 
     from a2d_core.models import attention_kernel
