@@ -117,7 +117,12 @@ def test_a_stopped_parent_leaves_no_orphan(tmp_path, signal_number):
         launch.run("test_launch:write_pids_and_sleep", {{"folder": {str(tmp_path)!r}}}, processes=2)
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], env=environment, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it, and so would the child
+    )
     try:
         _until(lambda: len(_pids(tmp_path)) == 3 or parent.poll() is not None, seconds=120)
         assert parent.poll() is None, f"the parent ended early with {parent.returncode}"
