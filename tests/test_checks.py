@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +57,12 @@ def test_full_memory_names_the_fields_to_lower(error):
     advice = re.escape("lower sample.batch_size=32 or sample.max_new_tokens")
     with pytest.raises(checks.MemoryFullError, match=advice), checks.memory_advice("sample", SampleConfig()):
         raise error
+
+
+def test_a_directory_that_may_not_even_be_looked_at_is_told_plainly(monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(UserError, match=r"cannot write to output directory '/locked/out' \(Permission denied\)"):
+        checks.output_directory("/locked/out")

@@ -34,6 +34,13 @@ def output_directory(path: str | Path, *, resume: bool = False, overwrite: bool 
     it holds the output of an earlier stage and none of `inputs`.
     """
     path = Path(path)
+    try:
+        return _made_ready(path, resume, overwrite, inputs)
+    except OSError as error:
+        raise UserError(f"cannot write to output directory '{path}' ({error.strerror}): choose another, or mend its permissions") from None
+
+
+def _made_ready(path: Path, resume: bool, overwrite: bool, inputs: tuple[str | Path, ...]) -> Path:
     require(not path.exists() or path.is_dir(), f"output directory '{path}' is a file: choose another")
     if path.is_dir() and any(path.iterdir()) and not resume:
         require(overwrite, f"output directory '{path}' is not empty: choose another, or replace what is in it with --overwrite")
@@ -42,13 +49,9 @@ def output_directory(path: str | Path, *, resume: bool = False, overwrite: bool 
         is_ours = read_spec(path) is not None or any(next(path.glob(name), None) for name in MADE_HERE)
         require(is_ours, f"'{path}' does not look like the output of a stage, so it is not deleted: empty it yourself, or choose another")
         shutil.rmtree(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to output directory '{path}' ({error.strerror}): choose another, or mend its permissions") from None
-    return path
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+        return path
 
 
 def read_spec(model_dir: str | Path) -> dict[str, Any] | None:
