@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from a2d_core import embedded
-from a2d_core.models import DiffusionModel, Spec
+from a2d_core.config import OBJECTIVES, ConvertConfig
+from a2d_core.models import DiffusionModel, Spec, convert
 
 VOCAB = 100
 COMMON = {
@@ -78,3 +80,23 @@ def uniform_(model: DiffusionModel) -> DiffusionModel:
     with torch.no_grad():
         model.network.get_output_embeddings().weight.zero_()
     return model
+
+
+def save_source(directory: Path, *, layers: int, **changes: Any) -> Path:
+    """Write a tiny random autoregressive Qwen3 with the embedded tokenizer into a directory, and return it."""
+    tokenizer = embedded.build_tokenizer()
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True, **changes,
+    )  # fmt: skip
+    transformers.Qwen3ForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def convert_both(source: Path, folder: Path) -> dict[str, Path]:
+    """Objective -> the directory of the converted model, with blocks of 8."""
+    for objective in OBJECTIVES:
+        convert(ConvertConfig(block_size=8), objective, source, folder / objective)
+    return {objective: folder / objective for objective in OBJECTIVES}

@@ -4,12 +4,13 @@ import json
 import math
 import os
 
+import families
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from a2d_core import embedded, models, sampling, tasks
-from a2d_core.config import ConvertConfig, EvaluateConfig, SampleConfig, UserError
+from a2d_core.config import EvaluateConfig, SampleConfig, UserError
 from a2d_core.models import DiffusionModel
 from a2d_core.sampling import Generation
 from a2d_core.stages import evaluate
@@ -22,23 +23,12 @@ NO_TASKS = EvaluateConfig(tasks=(), text_rows=3, text_length=32, nelbo_samples=2
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """The directory of a tiny autoregressive model with random weights."""
-    directory = tmp_path_factory.mktemp("source")
-    tokenizer = embedded.build_tokenizer()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = Qwen3Config(vocab_size=len(tokenizer), head_dim=16, max_position_embeddings=128, tie_word_embeddings=True, **sizes)
-    Qwen3ForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return families.save_source(tmp_path_factory.mktemp("source"), layers=1, max_position_embeddings=128)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(source, tmp_path_factory):
-    """Objective -> the directory of the converted model."""
-    directories = {objective: tmp_path_factory.mktemp(objective) for objective in ("mdlm", "bd3lm")}
-    for objective, directory in directories.items():
-        models.convert(ConvertConfig(block_size=8), objective, source, directory)
-    return directories
+    return families.convert_both(source, tmp_path_factory.mktemp("converted"))
 
 
 @pytest.fixture

@@ -2,14 +2,14 @@
 
 import math
 
+import families
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from a2d_core import embedded, likelihood, models, sampling
-from a2d_core.config import ConvertConfig, SampleConfig, UserError
+from a2d_core import likelihood, models, sampling
+from a2d_core.config import SampleConfig, UserError
 from a2d_core.harness import DiffusionLM
 
 CONTEXT = 64
@@ -18,25 +18,12 @@ CONTEXT = 64
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """The directory of a tiny autoregressive model with random weights, large enough to prefer some tokens to others."""
-    directory = tmp_path_factory.mktemp("source")
-    tokenizer = embedded.build_tokenizer()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), head_dim=16, max_position_embeddings=CONTEXT, tie_word_embeddings=True, initializer_range=0.2, **sizes
-    )
-    Qwen3ForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return families.save_source(tmp_path_factory.mktemp("source"), layers=2, max_position_embeddings=CONTEXT, initializer_range=0.2)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(source, tmp_path_factory):
-    """Objective -> the directory of the converted model."""
-    directories = {objective: tmp_path_factory.mktemp(objective) for objective in ("mdlm", "bd3lm")}
-    for objective, directory in directories.items():
-        models.convert(ConvertConfig(block_size=8), objective, source, directory)
-    return directories
+    return families.convert_both(source, tmp_path_factory.mktemp("converted"))
 
 
 @pytest.fixture(params=["mdlm", "bd3lm"])
