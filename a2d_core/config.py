@@ -251,6 +251,17 @@ class EvaluateConfig:
         require(0 < self.text_fraction < 1, f"text_fraction must lie in (0, 1), not {self.text_fraction}")
         require(self.limit is None or self.limit >= 1, f"limit must be at least 1, not {self.limit}")
 
+    def reading(self) -> TrainConfig:
+        """How the held-out text is read, in the terms of pretraining data."""
+        return TrainConfig(
+            dataset=str(self.text_dataset),
+            dataset_config=self.text_config,
+            eval_split=self.text_split,
+            eval_fraction=self.text_fraction,
+            text_field=self.text_field,
+            max_length=self.text_length,
+        )
+
 
 @dataclass(frozen=True)
 class RegisterConfig:

@@ -10,8 +10,6 @@ A diffusion checkpoint is a normal Hugging Face directory whose config.json has 
 from __future__ import annotations
 
 import dataclasses
-import gc
-import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -28,8 +26,6 @@ from a2d_core.attention import Slots, network_mask
 from a2d_core.config import ConvertConfig, UserError, require
 from a2d_core.loss import Head, weighted_cross_entropy
 from a2d_core.objectives import Layout, Objective
-
-logger = logging.getLogger(__name__)
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -236,9 +232,9 @@ def prove(model: DiffusionModel, before: dict[str, Tensor] | None = None, mask_t
     def same(a: Tensor, b: Tensor) -> bool:
         return bool((a - b).abs().max() <= tolerance * (1 + b.abs().max()))
 
+    after = network.state_dict()
     for key, weight in (before or {}).items():
-        claim(torch.equal(network.state_dict()[key][: len(weight)] if weight.dim() else network.state_dict()[key], weight) or
-              _is_mask_row_only(network.state_dict()[key], weight, mask_token_id), f"weight '{key}' changed")  # fmt: skip
+        claim(_is_kept(after[key], weight, mask_token_id), f"weight '{key}' changed")
 
     block, length = 4, 12
     generator = torch.Generator().manual_seed(0)
@@ -339,10 +335,12 @@ def _initialise_row(network: PreTrainedModel, row: int, seed: int) -> None:
         embedding.weight[row] = (others.mean(0) + others.std(0) * noise).to(embedding.weight.dtype)
 
 
-def _is_mask_row_only(after: Tensor, before: Tensor, mask_token_id: int | None) -> bool:
-    """Whether an embedding differs from its source in the mask token's row alone."""
-    differs = (after[: len(before)] != before).flatten(1).any(1) if before.dim() > 1 else (after[: len(before)] != before)
-    return mask_token_id is not None and differs.nonzero().flatten().tolist() in ([], [mask_token_id])
+def _is_kept(after: Tensor, before: Tensor, mask_token_id: int | None) -> bool:
+    """Whether a weight is that of its source, which new rows may follow; an embedding's row of the mask token may differ."""
+    if before.dim() == 0:
+        return torch.equal(after, before)
+    differs = (after[: len(before)] != before).reshape(len(before), -1).any(1)
+    return differs.nonzero().flatten().tolist() in ([], [mask_token_id])
 
 
 @torch.no_grad()
@@ -364,5 +362,4 @@ def _measure_head(model: DiffusionModel) -> Spec:
         f"{type(network).__name__} (model_type '{config.model_type}') cannot be converted: its logits are not its output embedding "
         "times a scale, with or without a soft-cap",
     )
-    gc.collect()
     return dataclasses.replace(model.spec, logit_scale=scale, logit_softcap=softcap)

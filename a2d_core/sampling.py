@@ -78,6 +78,8 @@ class _Canvas:
         length = -(-int(self.end_B.max()) // size) * size
         tokens = [list(p) + [self.mask_id] * (length - len(p)) for p in prompts]
         self.tokens_BL = torch.tensor(tokens, device=model.device)
+        position_L = torch.arange(length, device=model.device)
+        self.is_new_BL = (position_L >= self.prompt_B[:, None]) & (position_L < self.end_B[:, None])
         self.nfe_B = torch.zeros_like(self.prompt_B)
         self.stop_ids = torch.tensor(model.stop_token_ids, device=model.device)
         self.cache, self.pending_from_B = DynamicCache(), torch.zeros_like(self.prompt_B)
@@ -160,16 +162,10 @@ class _Canvas:
     def _clamp(self, index_BS: Tensor) -> Tensor:
         return index_BS.clamp(0, self.tokens_BL.shape[1] - 1)
 
-    def _new(self) -> Tensor:
-        """is_new_BL: positions behind the prompt and before the row's end."""
-        position_L = torch.arange(self.tokens_BL.shape[1], device=self.model.device)
-        return (position_L >= self.prompt_B[:, None]) & (position_L < self.end_B[:, None])
-
     def _stopped(self) -> Tensor:
         """Rows with a stop token that has no mask before it: whatever lies behind it will be trimmed."""
-        is_new_BL = self._new()
-        is_stop_BL = torch.isin(self.tokens_BL, self.stop_ids) & is_new_BL
-        is_mask_BL = (self.tokens_BL == self.mask_id) & is_new_BL
+        is_stop_BL = torch.isin(self.tokens_BL, self.stop_ids) & self.is_new_BL
+        is_mask_BL = (self.tokens_BL == self.mask_id) & self.is_new_BL
         return (is_stop_BL & (is_mask_BL.cumsum(1) == 0)).any(1)
 
     def _results(self) -> list[Generation]:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
 from a2d_core import data, embedded, likelihood, models, tasks
-from a2d_core.config import EvaluateConfig, SampleConfig, TrainConfig, UserError, require
+from a2d_core.config import EvaluateConfig, SampleConfig, UserError, require
 from a2d_core.harness import DiffusionLM
 from a2d_core.models import DiffusionModel
 from a2d_core.stages import checks
@@ -147,21 +147,12 @@ def _words_stderr(results: Row, members: list[str]) -> float | None:
 
 def held_out_rows(config: EvaluateConfig, model: DiffusionModel, seed: int) -> Tensor:
     """rows_BL: token ids of at most `config.text_rows` rows, spread evenly over the held-out part of the text."""
-    spec = str(config.text_dataset)
     context = model.context
     require(
         context is None or config.text_length <= context,
         f"evaluate.text_length={config.text_length} is more than the model's context of {context} positions: lower it",
     )
-    reading = TrainConfig(
-        dataset=spec,
-        dataset_config=config.text_config,
-        eval_split=config.text_split,
-        eval_fraction=config.text_fraction,
-        text_field=config.text_field,
-        max_length=config.text_length,
-    )
-    _, held_out = data.load_documents(spec, reading, seed)
+    _, held_out = data.load_documents(str(config.text_dataset), config.reading(), seed)
     rows = data.pretraining_rows(held_out, model.tokenizer, config.text_field, config.text_length, insert_eos=True)
     count = min(config.text_rows, len(rows))
     return torch.tensor(rows.select([place * len(rows) // count for place in range(count)])["input_ids"][:])

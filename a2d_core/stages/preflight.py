@@ -14,19 +14,13 @@ def inputs(recipe: Recipe) -> None:
     """Open the data sets and tasks of every stage that is switched on; raises `UserError` as the stages would."""
     evaluate = recipe.evaluate
     if recipe.pretrain.enabled and recipe.pretrain.dataset != SHIPPED["pretrain"]:
-        _documents(recipe.pretrain.dataset, recipe.pretrain, recipe.seed)
+        _documents(recipe.pretrain, recipe.seed)
     if recipe.sft.enabled and recipe.sft.dataset != SHIPPED["sft"]:
         from a2d_core import data
 
         data.load_conversations(recipe.sft.dataset, recipe.sft, recipe.seed)
     if evaluate.enabled and evaluate.text_dataset not in (None, SHIPPED["text"]):
-        reading = TrainConfig(
-            text_field=evaluate.text_field,
-            dataset_config=evaluate.text_config,
-            eval_split=evaluate.text_split,
-            eval_fraction=evaluate.text_fraction,
-        )
-        _documents(str(evaluate.text_dataset), reading, recipe.seed)
+        _documents(evaluate.reading(), recipe.seed)
     if evaluate.enabled and not set(evaluate.tasks) <= {SHIPPED["tasks"]}:
         from a2d_core import tasks
 
@@ -53,7 +47,7 @@ def checkpoint(recipe: Recipe, model_dir: str | Path) -> None:
     )
 
 
-def _documents(spec: str, config: TrainConfig, seed: int) -> None:
+def _documents(config: TrainConfig, seed: int) -> None:
     from a2d_core import data  # heavy, and needless for what is shipped
 
-    data.load_documents(spec, config, seed)
+    data.load_documents(config.dataset, config, seed)

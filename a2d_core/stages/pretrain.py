@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from a2d_core.config import TrainConfig, build
+from a2d_core.config import TrainConfig
 from a2d_core.stages import training
+
+if TYPE_CHECKING:  # heavy, and needed where the work is done
+    from datasets import Dataset
+
+    from a2d_core import trainer
+    from a2d_core.models import DiffusionModel
 
 
 def run(
@@ -26,21 +32,12 @@ def run(
     return training.run("pretrain", config, model_dir, output_dir, seed=seed, processes=processes, resume_from=resume_from)
 
 
-def work(values: dict[str, Any], model_dir: str, output_dir: str, seed: int, resume_from: str | None) -> dict[str, Any]:
-    """What each process does."""
-    import torch
-    from accelerate import PartialState
+def prepare(config: TrainConfig, model: DiffusionModel, seed: int) -> tuple[Dataset, Dataset, trainer.Fill, dict[str, Any]]:
+    """Training and held-out rows of `max_length` tokens, without fill; no further facts."""
+    from a2d_core import data
 
-    from a2d_core import data, models, trainer
-
-    config = build(TrainConfig, values, "pretrain")
-    model = models.load(model_dir, dtype=torch.float32)
-    trainer.check_fits(model, config)
-    tokenizer = model.tokenizer
-    with PartialState().main_process_first():  # the others find what the first has cached
-        texts = data.load_documents(config.dataset, config, seed)
-        rows = [data.pretraining_rows(part, tokenizer, config.text_field, config.max_length, config.insert_eos) for part in texts]
-    held_out = rows[1].select(range(min(config.max_eval_rows, len(rows[1]))))
-    collate = data.DiffusionCollator(pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, fill_token_id=tokenizer.eos_token_id)
-    metrics = trainer.fit(model, config, rows[0], held_out, collate, output_dir, stage="pretrain", seed=seed, resume_from=resume_from)
-    return {"train_rows": len(rows[0]), "eval_rows": len(held_out), **metrics}
+    texts = data.load_documents(config.dataset, config, seed)
+    train_rows, eval_rows = (
+        data.pretraining_rows(part, model.tokenizer, config.text_field, config.max_length, config.insert_eos) for part in texts
+    )
+    return train_rows, eval_rows, None, {}

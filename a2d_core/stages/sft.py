@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from a2d_core.config import TrainConfig, build
+from a2d_core.config import TrainConfig
 from a2d_core.stages import training
+
+if TYPE_CHECKING:  # heavy, and needed where the work is done
+    from datasets import Dataset
+
+    from a2d_core import trainer
+    from a2d_core.models import DiffusionModel
 
 
 def run(
@@ -27,29 +33,11 @@ def run(
     return training.run("sft", config, model_dir, output_dir, seed=seed, processes=processes, resume_from=resume_from)
 
 
-def work(values: dict[str, Any], model_dir: str, output_dir: str, seed: int, resume_from: str | None) -> dict[str, Any]:
-    """What each process does."""
-    import torch
-    from accelerate import PartialState
+def prepare(config: TrainConfig, model: DiffusionModel, seed: int) -> tuple[Dataset, Dataset, trainer.Fill, dict[str, Any]]:
+    """Training and held-out rows, one for each assistant's turn; their fill; and how many were dropped for which reason."""
+    from a2d_core import data
 
-    from a2d_core import data, models, trainer
-
-    config = build(TrainConfig, values, "sft")
-    model = models.load(model_dir, dtype=torch.float32)
-    trainer.check_fits(model, config)
-    tokenizer, block_size = model.tokenizer, model.objective.block_size
-    with PartialState().main_process_first():  # the others find what the first has cached
-        parts = data.load_conversations(config.dataset, config, seed)
-        (train_rows, dropped), (eval_rows, _) = (data.conversation_rows(part, tokenizer, config.max_length, block_size) for part in parts)
-    held_out = eval_rows.select(range(min(config.max_eval_rows, len(eval_rows))))
-    fill: trainer.Fill = "block" if block_size else "batch"
-    collate = data.DiffusionCollator(
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        fill_token_id=tokenizer.eos_token_id,
-        fill_to=fill,
-        block_size=block_size,
-    )
-    metrics = trainer.fit(
-        model, config, train_rows, held_out, collate, output_dir, stage="sft", seed=seed, fill=fill, resume_from=resume_from
-    )
-    return {"train_rows": len(train_rows), "eval_rows": len(held_out), "dropped": dropped, **metrics}
+    block_size = model.objective.block_size
+    parts = data.load_conversations(config.dataset, config, seed)
+    (train_rows, dropped), (eval_rows, _) = (data.conversation_rows(part, model.tokenizer, config.max_length, block_size) for part in parts)
+    return train_rows, eval_rows, "block" if block_size else "batch", {"dropped": dropped}
