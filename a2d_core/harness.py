@@ -77,7 +77,7 @@ class DiffusionLM(TemplateLM):
         )
         self.tokenizer = self.model.tokenizer
         self._special = {str(token): index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self._collate = DiffusionCollator(pad_token_id=self.model.eos_token_id, fill_token_id=self.model.eos_token_id)
+        self._collate = DiffusionCollator(self.model.objective, self.model.eos_token_id)
 
     # --- what lm-eval asks of a model -------------------------------------------------------------
 
@@ -231,12 +231,10 @@ class DiffusionLM(TemplateLM):
         return scores
 
     def _nelbo(self, pairs: list[Pair], noise_keys: list[list[int]]) -> Tensor:
-        rows = [{"input_ids": a + b, "labels": [-100] * len(a) + b} for a, b in pairs]
-        batch = {name: value.to(self.device) for name, value in self._collate(rows).items()}
+        rows = [{"input_ids": a + b, "turn": [0] * len(a) + [1] * len(b)} for a, b in pairs]
+        streams = self._collate(rows)["streams"].to(self.device)
         rows_B = torch.tensor([_number(key) for key in noise_keys], device=self.device)
-        return likelihood.nelbo(
-            self.model, batch["input_ids"], batch["labels"], batch["valid"], samples=self.nelbo_samples, seed=self.seed, rows_B=rows_B
-        ).nats_B
+        return likelihood.nelbo(self.model, streams, samples=self.nelbo_samples, seed=self.seed, rows_B=rows_B).nats_B
 
     def _reproduced(self, pairs: list[Pair]) -> list[bool]:
         """Whether the greedy sampler, asked for as many tokens, writes this continuation after its context."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from a2d_core.config import ConvertConfig, UserError, require
 from a2d_core.loss import Head, weighted_cross_entropy
 from a2d_core.objectives import Layout, Objective
 
+KNOWN_MASKS = 4
+"""Attention masks that are kept to be used again."""
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -65,6 +68,7 @@ class DiffusionModel(nn.Module):
         self.objective = spec.to_objective()
         self.stored_dtype = network.dtype
         """Precision of the checkpoint on disk, which training in float32 returns to."""
+        self._known_masks: dict[Hashable, Any] = {}
 
     @property
     def device(self) -> torch.device:
@@ -110,7 +114,7 @@ class DiffusionModel(nn.Module):
 
         The head runs at those positions only, and the loss inside this forward, so that DDP and FSDP see every use of a weight.
         """
-        hidden_MH = self.hidden(layout.input_ids_BS, layout.slots).flatten(0, 1)[layout.source_M]
+        hidden_MH = self.hidden(layout.input_ids_BS, layout.slots, key=layout.key).flatten(0, 1)[layout.source_M]
         output = self.network.get_output_embeddings()
         head = self.head if exclude_mask_token else dataclasses.replace(self.head, excluded_token=None)
         return weighted_cross_entropy(hidden_MH, output.weight, getattr(output, "bias", None), layout.target_M, layout.weight_M, head)
@@ -120,14 +124,29 @@ class DiffusionModel(nn.Module):
         """How the network turns hidden states into logits; the mask token is never a prediction."""
         return Head(self.spec.logit_scale, self.spec.logit_softcap, self.spec.mask_token_id)
 
-    def hidden(self, input_ids_BQ: Tensor, slots: Slots, cached: Slots | None = None, cache: DynamicCache | None = None) -> Tensor:
-        """Final hidden states [B, Q, H]. With a cache, the queries also see the `cached` slots and are appended to it."""
-        key = cached.then(slots) if cached is not None else slots
+    def hidden(
+        self,
+        input_ids_BQ: Tensor,
+        slots: Slots,
+        cached: Slots | None = None,
+        cache: DynamicCache | None = None,
+        key: Hashable | None = None,
+    ) -> Tensor:
+        """Final hidden states [B, Q, H]. With a cache, the queries also see the `cached` slots and are appended to it.
+
+        `key`: what the slots are known by; the mask of a key is made once.
+        """
+        known = (key, self.network.dtype, self.device) if key else None
+        masks = self._known_masks.get(known)
+        if masks is None:
+            masks = self._masks(slots, cached.then(slots) if cached is not None else slots)
+        if known:
+            self._known_masks = dict([*self._known_masks.items(), (known, masks)][-KNOWN_MASKS:])
         with attention_kernel(self.device):
             output = self.network.base_model(
                 input_ids=input_ids_BQ,
-                attention_mask=self._masks(slots, key),
-                position_ids=slots.position,
+                attention_mask=masks,
+                position_ids=slots.position.expand(len(input_ids_BQ), -1),
                 past_key_values=cache,
                 use_cache=cache is not None,
             )
@@ -145,7 +164,7 @@ class DiffusionModel(nn.Module):
         self.network.save_pretrained(directory, state_dict=state_dict)
         self.tokenizer.save_pretrained(directory)
 
-    def _masks(self, query: Slots, key: Slots) -> Tensor | dict[str, Tensor]:
+    def _masks(self, query: Slots, key: Slots) -> Any:
         config = self.network.config
         implementation = config._attn_implementation
         layers = set(getattr(config, "layer_types", None) or ())
@@ -242,7 +261,7 @@ def prove(model: DiffusionModel, before: dict[str, Tensor] | None = None, mask_t
     changed = ids.clone()
     changed[0, -block] = (ids[0, -block] + 1) % 100
     position = torch.arange(length, device=model.device)[None]
-    one_block = Slots(position, torch.zeros_like(position), torch.zeros_like(position), torch.ones_like(position, dtype=torch.bool))
+    one_block = Slots.clean(position, torch.zeros_like(position))
     causal = dataclasses.replace(one_block, block=position // block)
 
     try:

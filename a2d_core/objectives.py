@@ -5,17 +5,82 @@ which positions are scored (`layout`), and in what order blocks fill and are cac
 Trainer, likelihood and sampler ask here; none of them asks which objective it is.
 """
 
-# Shapes: B rows, L positions, N blocks per row, n noised blocks, K noised views, S slots, M scored positions
+# Shapes: B rows, L positions, C clean slots, T noised slots, D = L x turns, K noised views, S slots, M scored positions
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from a2d_core.attention import Slots
 from a2d_core.config import check_objective
+
+_TURNS = 1 << 10
+"""More turns than a row has: the copies of view k are numbered from k times this."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What a batch shows the network: the clean stream, and the copy of which some tokens will be masked.
+
+    Neither holds a token that nobody needs: the clean stream of a document ends before its last noised block, and the
+    copy has the blocks with maskable tokens alone.
+    """
+
+    clean_ids_BC: Tensor
+    clean: Slots
+    noised_ids_BT: Tensor
+    """The clean tokens of the copy."""
+    noised: Slots
+    is_maskable_BT: Tensor
+    is_fill_BT: Tensor
+    """Whether a slot is fill behind the end of an answer."""
+    chunk_BT: Tensor
+    """Noised block of the row that a slot lies in, 0..n-1: its slots share a diffusion time."""
+    key: bytes | None
+    """What the slots are known by where all rows are alike; they are then stored once, as [1, C] and [1, T]."""
+
+    @property
+    def chunks(self) -> int:
+        """n: noised blocks per row, the largest."""
+        return int(self.chunk_BT.max()) + 1
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Streams:
+        """The same on a device."""
+        return self._each(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Streams:
+        """The same in page-locked memory, for DataLoader."""
+        return self._each(lambda x: x.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Streams:
+        changed: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            changed[name] = Slots(*map(change, value.fields())) if isinstance(value, Slots) else value
+            changed[name] = change(value) if isinstance(value, Tensor) else changed[name]
+        return Streams(**changed)
+
+    def extended(self, length: int, fill_token_id: int) -> Streams:
+        """Filled to `length` noised slots, attended and maskable, where a row is one block (the MDLM canvas)."""
+        more = length - self.noised_ids_BT.shape[1]
+        at, steps = self.noised, torch.arange(1, more + 1, device=self.noised.position.device)
+        position = torch.cat([at.position, at.position[:, -1:] + steps], 1)
+        block, document, view, valid = (torch.cat([x, x[:, -1:].expand(-1, more)], 1) for x in (at.block, at.document, at.view, at.valid))
+        return replace(
+            self,
+            noised_ids_BT=pad(self.noised_ids_BT, (0, more), value=fill_token_id),
+            noised=Slots(position, block, document, view, valid),
+            is_maskable_BT=pad(self.is_maskable_BT, (0, more), value=True),
+            is_fill_BT=pad(self.is_fill_BT, (0, more), value=True),
+            chunk_BT=pad(self.chunk_BT, (0, more)),
+            key=self.key and self.key + length.to_bytes(8, "little"),
+        )
 
 
 @dataclass(frozen=True)
@@ -31,93 +96,109 @@ class Layout:
     weight_M: Tensor
     """Weight of each scored position's cross-entropy."""
     token_M: Tensor
-    """Flat index into [K, B, L] of the view, row and position that is scored."""
+    """Flat index into [K, B, T] of the view, row and noised slot that is scored."""
+    key: tuple[bytes, int] | None
+    """What the slots are known by where all rows are alike: a mask made for them serves again."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a diffusion objective decides. `block_size` None: one block holds the whole sequence."""
+    """What a diffusion objective decides. `block_size` None: one block holds the whole document."""
 
     block_size: int | None
     mask_token_id: int
     right_shift: bool = False
 
-    def blocks(self, length: int) -> int:
-        """Number of blocks in a row of `length` positions."""
-        return -(-length // (self.block_size or length))
-
     def block_of(self, position: Tensor) -> Tensor:
         """Block index of each logical position; blocks are anchored at position 0."""
         return position // self.block_size if self.block_size else torch.zeros_like(position)
 
-    def maskable(self, labels_BL: Tensor) -> Tensor:
-        """is_maskable_BL: the label is not -100; with the right shift nothing predicts position 0."""
-        is_maskable_BL = labels_BL != -100
-        if self.right_shift:
-            is_maskable_BL[:, 0] = False
-        return is_maskable_BL
+    def streams(
+        self,
+        input_ids_BL: Tensor,
+        turn_BL: Tensor,
+        valid_BL: Tensor | None = None,
+        *,
+        document_BL: Tensor | None = None,
+        is_fill_BL: Tensor | None = None,
+        fill_token_id: int | None = None,
+    ) -> Streams:
+        """Lay out rows: what is given, and what will be noised. The shapes depend on the data: call it on the CPU.
 
-    def noised_blocks(self, labels_BL: Tensor) -> Tensor:
-        """Indices Bn of the blocks with maskable tokens, ascending, -1 behind a row's last: only these are noised."""
-        is_maskable_BL = self.maskable(labels_BL)
-        size, blocks = self.block_size or labels_BL.shape[1], self.blocks(labels_BL.shape[1])
-        padded_BL = torch.nn.functional.pad(is_maskable_BL, (0, blocks * size - labels_BL.shape[1]))
-        is_noised_BN = padded_BL.view(-1, blocks, size).any(-1)
-        index_BN = torch.where(is_noised_BN, torch.arange(blocks, device=labels_BL.device), blocks).sort(dim=1).values
-        index_Bn = index_BN[:, : max(1, int(is_noised_BN.sum(1).max()))]
-        return index_Bn.masked_fill(index_Bn == blocks, -1)
-
-    def layout(self, input_ids_BL: Tensor, valid_BL: Tensor, is_masked_KBL: Tensor, weight_KBL: Tensor, noised_blocks_Bn: Tensor) -> Layout:
-        """The training and likelihood forward: [x_0 | x_t views], the clean stream without its last block, which nobody sees.
-
-        With one block there is no clean stream and each view is a row of its own; with more, the K views
-        of a row share its clean stream: (1 + K) L positions in place of 2 K L.
+        `turn_BL`: 0 for what is given, k for what is maskable in the k-th copy; a block in which two turns meet is noised
+        twice. With a `fill_token_id` a copy has fill, maskable, from the end of its turn to the end of that block, whatever
+        follows there in the row: sampling sees no more. `document_BL`: documents that are packed into a row, numbered
+        from 0; each has positions and blocks of its own and sees itself alone. `valid_BL`: False for padding.
         """
-        views, rows, length = is_masked_KBL.shape
-        size = self.block_size or length
-        clean_length = (self.blocks(length) - 1) * size
-        position_BL = torch.arange(length, device=input_ids_BL.device).expand(rows, length)
-        clean = Slots(position_BL, self.block_of(position_BL), torch.zeros_like(position_BL), valid_BL)[:clean_length]
+        length, index_L = input_ids_BL.shape[1], torch.arange(input_ids_BL.shape[1])
+        nothing_BL = torch.zeros_like(input_ids_BL)
+        valid_BL = ~nothing_BL.bool() if valid_BL is None else valid_BL
+        document_BL = nothing_BL if document_BL is None else document_BL
+        is_fill_BL = nothing_BL.bool() if is_fill_BL is None else is_fill_BL
+        position_BL = index_L - torch.where(_changes(document_BL), index_L, 0).cummax(1).values
+        block_BL = self.block_of(position_BL)
+        segment_BL = (_changes(document_BL) | _changes(block_BL)).cumsum(1) - 1
+        is_maskable_BL = valid_BL & ((position_BL > 0) | (not self.right_shift))
 
-        offset = torch.arange(size, device=input_ids_BL.device)
-        position_BT = (noised_blocks_Bn[:, :, None] * size + offset).flatten(1)
-        exists_BT = (position_BT >= 0) & (position_BT < length)
-        position_BT = position_BT.clamp(0, length - 1)
-        valid_BT = valid_BL.gather(1, position_BT) & exists_BT
-        clean_ids_BT = input_ids_BL.gather(1, position_BT)
+        copies = []
+        turns = max(1, int(turn_BL.max()))
+        for turn in range(1, turns + 1):
+            masked_BL = is_maskable_BL & (turn_BL == turn)
+            noised_BL = valid_BL & (_largest(masked_BL, segment_BL) > 0)
+            end_B1 = torch.where(turn_BL == turn, index_L, -1).amax(1, keepdim=True)
+            behind_BL = noised_BL & (index_L > end_B1) & (fill_token_id is not None)
+            ids_BL = torch.where(behind_BL, fill_token_id or 0, input_ids_BL)
+            copies.append((noised_BL, ids_BL, masked_BL | behind_BL, masked_BL & is_fill_BL | behind_BL))
+        noised_BD, ids_BD, maskable_BD, fill_BD = (torch.cat(parts, 1) for parts in zip(*copies, strict=True))
+        index_BT, exists_BT = _compacted(noised_BD, least=1)
+        ever_noised_BL = noised_BD.view(len(noised_BD), turns, length).any(1)
+        before_BL = segment_BL < _largest(torch.where(ever_noised_BL, segment_BL, -1), document_BL)
+        index_BC, needed_BC = _compacted(before_BL & valid_BL, least=0)
 
-        index_KBT = position_BT.expand(views, -1, -1)
-        is_scored_KBT = is_masked_KBL.gather(2, index_KBT) & valid_BT
-        noised_ids_KBT = torch.where(is_scored_KBT, self.mask_token_id, clean_ids_BT)
-        weight_KBT = weight_KBL.gather(2, index_KBT)
+        def slots(index_BS: Tensor, view_BS: Tensor, exists_BS: Tensor) -> Slots:
+            position_BS, block_BS, document_BS = (x.gather(1, index_BS) for x in (position_BL, block_BL, document_BL))
+            return Slots(position_BS, block_BS, document_BS, view_BS, exists_BS)
 
-        if clean_length == 0:  # views are rows
-            slots = Slots(*(x.repeat(views, 1) for x in self._copy(position_BT, valid_BT, view=1).fields()))
-            clean_ids = clean_ids_BT.repeat(views, 1)
-            ids, is_scored, weight = noised_ids_KBT.flatten(0, 1), is_scored_KBT.flatten(0, 1), weight_KBT.flatten(0, 1)
-            return self._scored(ids, slots, is_scored, clean_ids, weight, length)
-        for view in range(views):
-            clean = clean.then(self._copy(position_BT, valid_BT, view=view + 1))
-        nothing = torch.zeros_like(valid_BL[:, :clean_length])
-        prefix = input_ids_BL[:, :clean_length]
-        return self._scored(
-            torch.cat([prefix, *noised_ids_KBT], 1), clean, torch.cat([nothing, *is_scored_KBT], 1),
-            torch.cat([prefix, clean_ids_BT.repeat(1, views)], 1), torch.cat([nothing, *weight_KBT], 1), length,
-        )  # fmt: skip
-
-    def _copy(self, position_BT: Tensor, valid_BT: Tensor, view: int) -> Slots:
-        return Slots(position_BT, self.block_of(position_BT), torch.full_like(position_BT, view), valid_BT)
-
-    def _scored(
-        self, input_ids_BS: Tensor, slots: Slots, is_scored_BS: Tensor, clean_ids_BS: Tensor, weight_BS: Tensor, length: int
-    ) -> Layout:
-        rows, width = input_ids_BS.shape
-        index_M = is_scored_BS.flatten().nonzero()[:, 0]
-        view_row_M = (slots.view.flatten()[index_M] - 1) * rows + index_M // width
-        token_M = view_row_M * length + slots.position.flatten()[index_M]
-        return Layout(
-            input_ids_BS, slots, index_M - int(self.right_shift), clean_ids_BS.flatten()[index_M], weight_BS.flatten()[index_M], token_M
+        place_BT = index_BT % length
+        clean = slots(index_BC, torch.zeros_like(index_BC), needed_BC)
+        noised = slots(place_BT, 1 + index_BT // length, exists_BT)
+        key = None
+        if all((x == x[:1]).all() for x in (*clean.fields(), *noised.fields())):
+            clean, noised = (Slots(*(x[:1] for x in each.fields())) for each in (clean, noised))
+            key = hashlib.blake2b(b"".join(x.numpy().tobytes() for x in (*clean.fields(), *noised.fields()))).digest()
+        return Streams(
+            clean_ids_BC=input_ids_BL.gather(1, index_BC),
+            clean=clean,
+            noised_ids_BT=ids_BD.gather(1, index_BT),
+            noised=noised,
+            is_maskable_BT=maskable_BD.gather(1, index_BT) & exists_BT,
+            is_fill_BT=fill_BD.gather(1, index_BT) & exists_BT,
+            chunk_BT=(exists_BT & (_changes(segment_BL.gather(1, place_BT)) | _changes(index_BT // length))).cumsum(1).sub(1).clamp(min=0),
+            key=key,
         )
+
+    def layout(self, streams: Streams, is_masked_KBT: Tensor, weight_KBT: Tensor) -> Layout:
+        """The forward pass of training and likelihood, [x_0 | x_t views].
+
+        The K views of a row share its clean stream, (1 + K) L positions in place of 2 K L; where there is no clean stream
+        (one block), each view is a row of its own.
+        """
+        views, rows, noised = is_masked_KBT.shape
+        clean = streams.clean_ids_BC.shape[1]
+        noised_ids_KBT = torch.where(is_masked_KBT, self.mask_token_id, streams.noised_ids_BT)
+        token_M = is_masked_KBT.flatten().nonzero()[:, 0]
+        if clean:
+            slots, ids_BS = streams.clean, torch.cat([streams.clean_ids_BC, *noised_ids_KBT], 1)
+            for view in range(views):
+                slots = slots.then(replace(streams.noised, view=streams.noised.view + view * _TURNS))
+            row_M, slot_M = token_M // noised % rows, clean + token_M // (noised * rows) * noised + token_M % noised
+            source_M = row_M * ids_BS.shape[1] + slot_M
+        else:
+            slots = Slots(*(x.repeat(1 if streams.key else views, 1) for x in streams.noised.fields()))
+            source_M, ids_BS = token_M, noised_ids_KBT.flatten(0, 1)
+        target_M, weight_M = streams.noised_ids_BT.flatten()[token_M % (rows * noised)], weight_KBT.flatten()[token_M]
+        key = (streams.key, views) if streams.key else None
+        return Layout(ids_BS, slots, source_M - int(self.right_shift), target_M, weight_M, token_M, key)
 
     @property
     def caches(self) -> bool:
@@ -142,3 +223,25 @@ def make(objective: str, *, block_size: int, mask_token_id: int, right_shift: bo
     """The objective of that name: `mdlm` (arXiv 2406.07524) or `bd3lm` (arXiv 2503.09573)."""
     check_objective(objective)
     return Objective(block_size if objective == "bd3lm" else None, mask_token_id, right_shift)
+
+
+def _changes(x_BL: Tensor) -> Tensor:
+    """True where a value differs from the one before it, and at the first."""
+    return torch.cat([torch.ones_like(x_BL[:, :1], dtype=torch.bool), x_BL[:, 1:] != x_BL[:, :-1]], 1)
+
+
+def _largest(value_BL: Tensor, group_BL: Tensor) -> Tensor:
+    """For each position the largest value of its group."""
+    groups = int(group_BL.max()) + 1
+    largest = torch.full((len(value_BL), groups), -1).scatter_reduce(1, group_BL, value_BL.long(), "amax")
+    return largest.gather(1, group_BL)
+
+
+def _compacted(flag_BD: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """Indices of the flagged positions of each row, in order, as many columns as the fullest row has; and which of them exist."""
+    row, index = flag_BD.nonzero(as_tuple=True)
+    count_B = flag_BD.sum(1)
+    width = max(least, int(count_B.max()))
+    index_BT = torch.zeros(len(flag_BD), width, dtype=torch.long)
+    index_BT[row, torch.arange(len(row)) - (count_B.cumsum(0) - count_B)[row]] = index
+    return index_BT, torch.arange(width) < count_B[:, None]

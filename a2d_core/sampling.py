@@ -157,7 +157,7 @@ class _Canvas:
         """Clean slots at these positions; those at or behind a row's end are padding."""
         valid_BS = position_BS < (self.end_B if before_B is None else torch.minimum(before_B, self.end_B))[:, None]
         position_BS = self._clamp(position_BS)
-        return Slots(position_BS, self.model.objective.block_of(position_BS), torch.zeros_like(position_BS), valid_BS)
+        return Slots.clean(position_BS, self.model.objective.block_of(position_BS), valid_BS)
 
     def _clamp(self, index_BS: Tensor) -> Tensor:
         return index_BS.clamp(0, self.tokens_BL.shape[1] - 1)

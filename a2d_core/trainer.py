@@ -5,7 +5,7 @@ processes), the noise (a function of seed, step and global row), evaluation (the
 rows), what a checkpoint holds, and `metrics.jsonl`, from which cards and tracking are fed.
 """
 
-# Shapes: B rows, L positions, N blocks, K views, M scored positions
+# Shapes: B rows, R rows of an evaluation, T noised slots, N noised blocks, K views
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def fit(
 ) -> dict[str, Any]:
     """Train `model` on rows, evaluate on held-out rows, and write `output_dir/checkpoint-final`.
 
-    `collate` makes {input_ids [B, L], labels [B, L], valid [B, L]}; label -100 is never masked or scored.
-    `fill` says what lies behind the first end-of-sequence token of a row: further text (None), or fill up to a
-    multiple of the block (`block`) or to the longest row (`batch`: the MDLM canvas, which the trainer extends to
-    the longest row of the whole optimizer step). `resume_from`: a `checkpoint-N` directory.
+    `collate` makes {streams, row: the rows' numbers [B], tokens: their number} of B rows.
+    `fill` says what lies behind the end of a row: nothing (None), or fill up to a multiple of the block (`block`) or to
+    the longest row (`batch`: the MDLM canvas, which the trainer extends to the longest row of the whole optimizer step).
+    `resume_from`: a `checkpoint-N` directory.
     Returns the last evaluation's metrics, steps, and tokens per second.
     """
     output_dir = Path(output_dir)
@@ -112,20 +112,15 @@ class DiffusionTrainer(Trainer):
         seed: int,
         fill: Fill = None,
     ) -> None:
-        objective = model.objective
         self.diffusion, self.stage, self.noise_seed, self.fill = config, stage, seed, fill
         self.tokens_seen, self.clock = 0, time.perf_counter()
-
-        def collate_with_blocks(rows: list[dict[str, Any]]) -> Batch:  # on the CPU, where a data-dependent shape costs no sync
-            batch = collate(rows)
-            return {**batch, "noised_blocks": objective.noised_blocks(batch["labels"])}
 
         super().__init__(
             model=model,
             args=training_arguments(config, output_dir, seed),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
-            data_collator=collate_with_blocks,
+            data_collator=collate,
             callbacks=[MetricsFile(output_dir)],
         )
         self.remove_callback(PrinterCallback)
@@ -138,18 +133,19 @@ class DiffusionTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, torch.tensor(1, device=device)
-        longest = self._over_processes(max(batch["labels"].shape[1] for batch in batches), device).max()
+        streams = [batch["streams"] for batch in batches]
+        most = self._over_processes([max(x.noised_ids_BT.shape[1] for x in streams), max(x.chunks for x in streams)], device)
+        longest, chunks = most.view(-1, 2).amax(0).tolist()
         if self.fill == "batch":
-            batches = [self._extend(batch, int(longest)) for batch in batches]
-        model: DiffusionModel = self.model
-        maskable = sum(model.objective.maskable(batch["labels"]).sum() for batch in batches)
+            streams = [x.extended(longest, self.model.eos_token_id) for x in streams]
         rank, world, offset = self.accelerator.process_index, self.accelerator.num_processes, 0
-        total_rows = sum(len(batch["labels"]) for batch in batches) * world
-        for batch in batches:
-            rows = len(batch["labels"])
-            batch["global_row"] = torch.arange(offset + rank * rows, offset + (rank + 1) * rows, device=batch["labels"].device)
-            batch["total_rows"], batch["most_blocks"] = total_rows, model.objective.blocks(int(longest))
+        total_rows = sum(len(batch["row"]) for batch in batches) * world
+        for batch, stream in zip(batches, streams, strict=True):
+            rows = len(batch["row"])
+            batch["streams"], batch["total_rows"], batch["chunks"] = stream, total_rows, chunks
+            batch["global_row"] = torch.arange(offset + rank * rows, offset + (rank + 1) * rows, device=device)
             offset += world * rows
+        maskable = sum(stream.is_maskable_BT.sum() for stream in streams)
         return batches, self._over_processes(maskable, device).sum() * self.diffusion.views
 
     def compute_loss(
@@ -160,34 +156,21 @@ class DiffusionTrainer(Trainer):
         total, _ = model(layout, not self.diffusion.predict_mask_token)
         assert num_items_in_batch is not None, "get_batch_samples counts the maskable tokens"
         loss = total / num_items_in_batch * self.accelerator.num_processes
-        self.tokens_seen += inputs["labels"].numel() * self.accelerator.num_processes
+        self.tokens_seen += inputs["tokens"] * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def noised_layout(self, inputs: Batch) -> Any:
         """Draw t and the masks of a micro-batch, and lay out its forward pass."""
-        config, objective, labels_BL = self.diffusion, self.model.objective, inputs["labels"]
-        block_L = objective.block_of(torch.arange(labels_BL.shape[1], device=labels_BL.device))
-        t_KBL, is_masked_KBL = corrupt(
-            config, self.noise_seed, self.state.global_step, inputs["global_row"], block_L,
-            objective.maskable(labels_BL) & inputs["valid"], total_rows=inputs["total_rows"], blocks=inputs["most_blocks"],
+        config, streams = self.diffusion, inputs["streams"]
+        t_KBT, is_masked_KBT = corrupt(
+            config, self.noise_seed, self.state.global_step, inputs["global_row"], streams.chunk_BT, streams.is_maskable_BT,
+            total_rows=inputs["total_rows"], chunks=inputs["chunks"],
         )  # fmt: skip
-        weight_KBL = noise.nelbo_weight(t_KBL, config.schedule) if config.weighting == "nelbo" else torch.ones_like(t_KBL)
-        return objective.layout(inputs["input_ids"], inputs["valid"], is_masked_KBL, weight_KBL, inputs["noised_blocks"])
-
-    def _extend(self, batch: Batch, length: int) -> Batch:
-        """Fill every row to `length` with the end-of-sequence token, attended and maskable."""
-        more = length - batch["labels"].shape[1]
-        fill = self.model.eos_token_id
-        pad = torch.nn.functional.pad
-        return {
-            **batch,
-            "input_ids": pad(batch["input_ids"], (0, more), value=fill),
-            "labels": pad(batch["labels"], (0, more), value=fill),
-            "valid": pad(batch["valid"], (0, more), value=True),
-        }
+        weight_KBT = noise.nelbo_weight(t_KBT, config.schedule) if config.weighting == "nelbo" else torch.ones_like(t_KBT)
+        return self.model.objective.layout(streams, is_masked_KBT, weight_KBT)
 
     def _over_processes(self, value: Any, device: torch.device) -> Tensor:
-        return self.accelerator.gather(torch.as_tensor(value, device=device).reshape(1))
+        return self.accelerator.gather(torch.as_tensor(value, device=device).reshape(-1))
 
     # --- evaluation ---
 
@@ -195,19 +178,19 @@ class DiffusionTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The NELBO of the held-out rows in nats per token, with its standard error over rows, and the perplexity bound.
 
-        `nelbo_answer` leaves out the fill behind a row's first end-of-sequence token, where rows are filled.
+        `nelbo_answer` leaves out the fill behind the end of an answer, where rows are filled.
         """
         self.model.eval()
         gathered: list[Tensor] = []
         for batch in self.get_eval_dataloader(eval_dataset):
+            streams = batch["streams"]
             with self.compute_loss_context_manager():
                 estimate = likelihood.nelbo(
-                    self.model, batch["input_ids"], batch["labels"], batch["valid"],
-                    samples=2, seed=EVAL_SEED, rows_B=batch["row"], forward=self.model_wrapped if self.is_fsdp_enabled else None,
+                    self.model, streams, samples=2, seed=EVAL_SEED, rows_B=batch["row"],
+                    forward=self.model_wrapped if self.is_fsdp_enabled else None,
                 )  # fmt: skip
-            is_answer_BL = ~_is_fill(batch["labels"], self.model.eos_token_id)
-            scored_BL = self.model.objective.maskable(batch["labels"]) & batch["valid"]
-            parts = estimate.nats_B, estimate.tokens_B, (estimate.nats_BL * is_answer_BL).sum(1), (scored_BL & is_answer_BL).sum(1)
+            answer_BT = streams.is_maskable_BT & ~streams.is_fill_BT
+            parts = estimate.nats_B, estimate.tokens_B, (estimate.nats_BT * answer_BT).sum(1), answer_BT.sum(1)
             gathered.append(self.accelerator.gather_for_metrics(torch.stack(parts, dim=1)).double().cpu())
         nats_R, tokens_R, answer_nats_R, answer_tokens_R = torch.cat(gathered).unbind(1)
         nelbo = nats_R.sum() / tokens_R.sum()
@@ -336,7 +319,7 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
         save_total_limit=config.keep_checkpoints,
         report_to="none",
         remove_unused_columns=False,
-        label_names=["labels"],
+        label_names=[],
         disable_tqdm=not sys.stderr.isatty(),
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -347,30 +330,27 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
 
 
 def corrupt(
-    config: TrainConfig, seed: int, step: int, rows_B: Tensor, block_L: Tensor, is_maskable_BL: Tensor, *, total_rows: int, blocks: int
+    config: TrainConfig, seed: int, step: int, rows_B: Tensor, chunk_BT: Tensor, is_maskable_BT: Tensor, *, total_rows: int, chunks: int
 ) -> tuple[Tensor, Tensor]:
-    """The times t_KBL and the masks is_masked_KBL of the given global rows of one optimizer step, as the configuration draws them."""
+    """The times t_KBT and the masks is_masked_KBT of the given global rows of one optimizer step, as the configuration draws them.
+
+    `chunk_BT` says which slots of a row share a time; `chunks` is their largest number in any row of the step.
+    """
     views = config.views // 2 if config.complementary else config.views
     t_max = 1 - config.t_min if config.complementary else config.t_max
     t_KBN = noise.draw_t(
-        config.t_draws, seed, step, rows_B, total_rows=total_rows, blocks=blocks, views=views, t_min=config.t_min, t_max=t_max
+        config.t_draws, seed, step, rows_B, total_rows=total_rows, blocks=chunks, views=views, t_min=config.t_min, t_max=t_max
     )
-    t_KBL = t_KBN[:, :, block_L]
-    is_masked_KBL = noise.draw_mask(seed, step, rows_B, 1 - noise.alpha(t_KBL, config.schedule), is_maskable_BL)
+    t_KBT = t_KBN.gather(2, chunk_BT.expand(views, -1, -1))
+    is_masked_KBT = noise.draw_mask(seed, step, rows_B, 1 - noise.alpha(t_KBT, config.schedule), is_maskable_BT)
     if config.complementary:  # a complement at t is a mask at 1 - t, and has that time's weight
-        return torch.cat([t_KBL, 1 - t_KBL]), torch.cat([is_masked_KBL, is_maskable_BL & ~is_masked_KBL])
-    return t_KBL, is_masked_KBL
+        return torch.cat([t_KBT, 1 - t_KBT]), torch.cat([is_masked_KBT, is_maskable_BT & ~is_masked_KBT])
+    return t_KBT, is_masked_KBT
 
 
 def _is_complete(checkpoint: Path, config: TrainConfig) -> bool:
     state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     return config.max_steps in (-1, state["max_steps"]) and state["global_step"] >= state["max_steps"]
-
-
-def _is_fill(labels_BL: Tensor, eos: int) -> Tensor:
-    """Positions behind the first end-of-sequence label of a row."""
-    is_eos_BL = labels_BL == eos
-    return (is_eos_BL.cumsum(1) - is_eos_BL.long()) > 0
 
 
 def _peak_memory_mb() -> float:

@@ -52,24 +52,22 @@ def make_batch(vocabulary: int, length: int, is_sft: bool) -> dict[str, Any]:
     rows = 2048 // length
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary - 1, (rows, length), generator=generator)
-    labels = ids.clone()
+    turn = torch.ones_like(ids)
     if is_sft:
-        labels[:, : length // 2] = -100
+        turn[:, : length // 2] = 0
     row, blocks = torch.arange(rows), length // BLOCK
     t = noise.draw_t("stratified", 0, 0, row, total_rows=rows, blocks=blocks, views=VIEWS, t_min=1e-3, t_max=1.0)
     t = t[:, :, torch.arange(length) // BLOCK]
-    is_masked = noise.draw_mask(0, 0, row, t, labels != -100)
-    return {"ids": ids, "labels": labels, "is_masked": is_masked, "weight": 1 / t}
+    is_masked = noise.draw_mask(0, 0, row, t, turn > 0)
+    return {"ids": ids, "turn": turn, "is_masked": is_masked, "weight": 1 / t}
 
 
 def ours(model: Any, batch: dict[str, Any]) -> Any:
     """The loss as the trainer computes it."""
-    import torch
-
-    valid = torch.ones_like(batch["ids"], dtype=torch.bool)
-    blocks = model.objective.noised_blocks(batch["labels"])
-    layout = model.objective.layout(batch["ids"], valid, batch["is_masked"], batch["weight"], blocks)
-    return model(layout)[0] / (VIEWS * (batch["labels"] != -100).sum())
+    streams = model.objective.streams(batch["ids"], batch["turn"])
+    position = streams.noised.position.expand(VIEWS, len(batch["ids"]), -1)
+    layout = model.objective.layout(streams, batch["is_masked"].gather(2, position), batch["weight"].gather(2, position))
+    return model(layout)[0] / (VIEWS * batch["turn"].sum())
 
 
 def plain(model: Any, batch: dict[str, Any], view: int) -> Any:
@@ -92,7 +90,7 @@ def plain(model: Any, batch: dict[str, Any], view: int) -> Any:
     )
     logits = model.network.lm_head(output.last_hidden_state[:, :length])
     ce = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view(rows, length)
-    return (ce * weight * is_masked).sum() / (VIEWS * (batch["labels"] != -100).sum())
+    return (ce * weight * is_masked).sum() / (VIEWS * batch["turn"].sum())
 
 
 def plain_step(model: Any, batch: dict[str, Any], arithmetic: Callable[[], AbstractContextManager[None]]) -> None:

@@ -43,13 +43,18 @@ def pretrained(folder: Path) -> Path:
 
 def draw(model: models.DiffusionModel, config: TrainConfig, rows_BL: torch.Tensor, step: int) -> tuple[float, Any, torch.Tensor]:
     """One draw of the training loss: its value, its layout, and its cross-entropies. The gradient is left in the weights."""
-    labels = rows_BL.clone()
-    block_L = model.objective.block_of(torch.arange(LENGTH))
+    streams, row_B = model.objective.streams(rows_BL, torch.ones_like(rows_BL)), torch.arange(len(rows_BL))
     t, is_masked = trainer.corrupt(
-        config, 0, step, torch.arange(len(rows_BL)), block_L, labels != -100, total_rows=len(rows_BL), blocks=LENGTH // BLOCK
+        config,
+        0,
+        step,
+        torch.arange(len(rows_BL)),
+        streams.chunk_BT,
+        streams.is_maskable_BT,
+        total_rows=len(rows_BL),
+        chunks=streams.chunks,
     )
-    valid = torch.ones_like(rows_BL, dtype=torch.bool)
-    layout = model.objective.layout(rows_BL, valid, is_masked, noise.nelbo_weight(t), model.objective.noised_blocks(labels))
+    layout = model.objective.layout(streams, is_masked, noise.nelbo_weight(t))
     model.zero_grad(set_to_none=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=models.multiplies_bfloat16()):
         total, ce = model(layout)

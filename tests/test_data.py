@@ -3,12 +3,11 @@
 import json
 
 import pytest
-import torch
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from a2d_core import data, embedded
+from a2d_core import data, embedded, objectives
 from a2d_core.config import TrainConfig, UserError
 
 TOKENIZER = embedded.build_tokenizer()
@@ -32,8 +31,7 @@ def conversations(*talks):
 
 
 def prompt_and_answer(row):
-    given_tokens = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == data.IGNORED]
-    answer = [label for label in row["labels"] if label != data.IGNORED]
+    given_tokens, answer = ([t for t, turn in zip(row["input_ids"], row["turn"], strict=True) if turn == wanted] for wanted in (0, 1))
     assert given_tokens + answer == row["input_ids"]  # the supervised span is one, at the end
     return TOKENIZER.decode(given_tokens), TOKENIZER.decode(answer)
 
@@ -259,55 +257,54 @@ def test_a_tokenizer_without_chat_template_is_refused():
 
 # --- batches ---
 
+BLOCKS, ONE_BLOCK = (objectives.make(name, block_size=4, mask_token_id=0) for name in ("bd3lm", "mdlm"))
 ROWS = [
-    {"input_ids": [1, 2, 3], "labels": [data.IGNORED, 2, 3], "row": 7},
-    {"input_ids": [4, 5, 6, 7, 8], "labels": [data.IGNORED, data.IGNORED, 6, 7, 8], "row": 9},
+    {"input_ids": [1, 2, 3], "turn": [0, 1, 1], "row": 7},
+    {"input_ids": [4, 5, 6, 7, 8], "turn": [0, 0, 1, 1, 1], "row": 9},
 ]
 
 
 def test_rows_of_text_are_all_maskable_and_need_no_padding():
-    batch = data.DiffusionCollator(PAD, EOS)([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6]}])
-    assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[1, 2, 3], [4, 5, 6]]
-    assert batch["valid"].all()
-    assert set(batch) == {"input_ids", "labels", "valid"}
+    batch = data.DiffusionCollator(ONE_BLOCK, EOS)([{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6]}])
+    streams = batch["streams"]
+    assert streams.noised_ids_BT.tolist() == [[1, 2, 3], [4, 5, 6]] and streams.is_maskable_BT.all() and streams.noised.valid.all()
+    assert set(batch) == {"streams", "tokens"} and batch["tokens"] == 6
 
 
 def test_a_block_is_filled_with_maskable_ends_and_the_rest_is_padding():
-    batch = data.DiffusionCollator(PAD, EOS, fill_to="block", block_size=4)(ROWS)
-    i = data.IGNORED
-    assert batch["input_ids"].tolist() == [[1, 2, 3, EOS, PAD, PAD, PAD, PAD], [4, 5, 6, 7, 8, EOS, EOS, EOS]]
-    assert batch["labels"].tolist() == [[i, 2, 3, EOS, i, i, i, i], [i, i, 6, 7, 8, EOS, EOS, EOS]]
-    assert batch["valid"].tolist() == [[True] * 4 + [False] * 4, [True] * 8]
+    streams = data.DiffusionCollator(BLOCKS, EOS, "block")(ROWS)["streams"]
+    assert streams.noised_ids_BT[0, :4].tolist() == [1, 2, 3, EOS] and streams.noised_ids_BT[1].tolist() == [4, 5, 6, 7, 8, EOS, EOS, EOS]
+    assert streams.is_maskable_BT.long().tolist() == [[0, 1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1]]
+    assert streams.is_fill_BT.long().tolist() == [[0, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1, 1]]
+    assert streams.noised.valid.tolist() == [[True] * 4 + [False] * 4, [True] * 8]
 
 
 def test_a_canvas_is_filled_to_the_longest_row_or_further():
-    batch = data.DiffusionCollator(PAD, EOS, fill_to="batch")(ROWS)
-    assert batch["labels"].tolist() == [[data.IGNORED, 2, 3, EOS, EOS], ROWS[1]["labels"]]
-    wider = data.DiffusionCollator(PAD, EOS, fill_to="batch", canvas=7)(ROWS)
-    assert wider["labels"][:, 5:].tolist() == [[EOS, EOS]] * 2
-    assert wider["valid"].all()
+    streams = data.DiffusionCollator(ONE_BLOCK, EOS, "batch")(ROWS)["streams"]
+    assert streams.noised_ids_BT.tolist() == [[1, 2, 3, EOS, EOS], [4, 5, 6, 7, 8]] and streams.noised.valid.all()
+    wider = streams.extended(7, EOS)
+    assert wider.noised_ids_BT[:, 5:].tolist() == [[EOS, EOS]] * 2 and wider.is_maskable_BT[:, 5:].all() and wider.is_fill_BT[:, 5:].all()
+    assert wider.noised.position.tolist() == [list(range(7))] and wider.key != streams.key
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=5), st.sampled_from([None, "block", "batch"]), st.integers(1, 9), st.booleans())
-def test_padding_is_never_scored_and_every_scored_token_is_its_own_label(lengths, fill_to, block_size, label_first):
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=5), st.sampled_from([None, "block", "batch"]))
+def test_every_row_keeps_its_tokens_and_padding_is_never_scored(lengths, fill_to):
     rows = [{"input_ids": list(range(1, length + 1))} for length in lengths]
-    batch = data.DiffusionCollator(PAD, EOS, fill_to=fill_to, block_size=block_size, label_first=label_first)(rows)
-    scored = batch["labels"] != data.IGNORED
-    assert not (scored & ~batch["valid"]).any()
-    assert torch.equal(batch["labels"][scored], batch["input_ids"][scored])
-    assert (batch["input_ids"][~batch["valid"]] == PAD).all()
-    assert bool(scored[:, 0].all()) is label_first
+    streams = data.DiffusionCollator(BLOCKS if fill_to == "block" else ONE_BLOCK, EOS, fill_to)(rows)["streams"]
+    valid = streams.noised.valid.expand(len(rows), -1)
+    assert not (streams.is_maskable_BT & ~valid).any()
+    own = valid & ~streams.is_fill_BT
+    assert [ids[kept].tolist() for ids, kept in zip(streams.noised_ids_BT, own, strict=True)] == [row["input_ids"] for row in rows]
+    assert (streams.noised_ids_BT[streams.is_fill_BT] == EOS).all() and streams.is_maskable_BT[own].all()
     if fill_to == "block":
-        assert not (batch["valid"].sum(1) % block_size).any()
-    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+        assert not (valid.sum(1) % 4).any()
 
 
 def test_row_numbers_go_through():
-    assert data.DiffusionCollator(PAD, EOS)(ROWS)["row"].tolist() == [7, 9]
+    assert data.DiffusionCollator(ONE_BLOCK, EOS)(ROWS)["row"].tolist() == [7, 9]
 
 
-@pytest.mark.parametrize("options", [{"fill_to": "block"}, {"canvas": 8}, {"fill_to": "block", "block_size": 4, "canvas": 8}])
-def test_options_that_do_not_go_together_are_refused(options):
-    with pytest.raises(UserError, match="needs"):
-        data.DiffusionCollator(PAD, EOS, **options)
+def test_a_fill_of_blocks_without_blocks_is_refused():
+    with pytest.raises(UserError, match="needs an objective with blocks"):
+        data.DiffusionCollator(ONE_BLOCK, EOS, "block")

@@ -172,9 +172,11 @@ def test_the_choices_of_a_question_share_their_noise_and_questions_do_not(model,
     rows = {}
     whole = likelihood.nelbo
 
-    def spy(model, input_ids_BL, *rest, rows_B, **options):
-        rows.update({model.tokenizer.decode(ids): row for ids, row in zip(input_ids_BL, rows_B.tolist(), strict=True)})
-        return whole(model, input_ids_BL, *rest, rows_B=rows_B, **options)
+    def spy(model, streams, *, rows_B, **options):
+        valid = streams.noised.valid.expand(len(rows_B), -1)
+        texts = [model.tokenizer.decode(ids[kept]) for ids, kept in zip(streams.noised_ids_BT, valid, strict=True)]
+        rows.update(zip(texts, rows_B.tolist(), strict=True))
+        return whole(model, streams, rows_B=rows_B, **options)
 
     monkeypatch.setattr(likelihood, "nelbo", spy)
     DiffusionLM(model).loglikelihood(requests("loglikelihood", ("one", "ab"), ("one", "cd"), ("two", "ab")))

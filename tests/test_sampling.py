@@ -42,9 +42,7 @@ def reference(model: DiffusionModel, prompt: list[int], config: SampleConfig) ->
                 break
             seen = min(start + width, end) if size else end
             position = torch.arange(seen)[None]
-            slots = Slots(
-                position, model.objective.block_of(position), torch.zeros_like(position), torch.ones_like(position, dtype=torch.bool)
-            )
+            slots = Slots.clean(position, model.objective.block_of(position))
             with torch.no_grad():
                 probability = model.logits(model.hidden(torch.tensor([tokens[:seen]]), slots))[0].softmax(-1)
             nfe += 1

@@ -40,7 +40,7 @@ def answer_rows(count: int = 64) -> list[dict[str, Any]]:
     rows = []
     for i, row in enumerate(text_rows(count)):
         ids, prompt = [*row["input_ids"][: 10 + i % 5], embedded.build_tokenizer().eos_token_id], 3 + i % 6
-        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:], "row": i})
+        rows.append({"input_ids": ids, "turn": [0] * prompt + [1] * (len(ids) - prompt), "row": i})
     return rows
 
 
@@ -48,8 +48,7 @@ def run(
     tmp_path: Path, config: TrainConfig = CONFIG, *, objective: str = "bd3lm", rows: Any = None, fill: trainer.Fill = None, **options: Any
 ) -> tuple[models.DiffusionModel, dict[str, Any]]:
     model = byte_model(objective)
-    eos, pad = model.eos_token_id, model.tokenizer.pad_token_id
-    collate = DiffusionCollator(pad_token_id=pad, fill_token_id=eos, fill_to=fill, block_size=model.objective.block_size)
+    collate = DiffusionCollator(model.objective, model.eos_token_id, fill)
     rows = rows or text_rows()
     metrics = trainer.fit(model, config, rows, rows[:10], collate, tmp_path, stage="pretrain", fill=fill, **options)
     return model, metrics
@@ -111,7 +110,7 @@ def test_more_views_are_scored_at_the_same_scale(views: int, tmp_path: Path) -> 
     model = byte_model("mdlm")
     with torch.no_grad():
         model.network.get_output_embeddings().weight.zero_()
-    collate = DiffusionCollator(pad_token_id=0, fill_token_id=model.eos_token_id)
+    collate = DiffusionCollator(model.objective, model.eos_token_id)
     trainer.fit(model, config, text_rows(), text_rows(8), collate, tmp_path, stage="pretrain")
     assert losses(tmp_path)[0] == pytest.approx(math.log(model.network.config.vocab_size - 1), rel=0.1)
 
@@ -119,7 +118,9 @@ def test_more_views_are_scored_at_the_same_scale(views: int, tmp_path: Path) -> 
 def test_a_complementary_pair_scores_every_maskable_token_once_at_the_scale_of_the_nelbo() -> None:
     config = replace(CONFIG, views=4, complementary=True)
     maskable = torch.rand(300, 16, generator=torch.Generator().manual_seed(0)) < 0.7
-    t, is_masked = trainer.corrupt(config, 0, 0, torch.arange(300), torch.arange(16) // 4, maskable, total_rows=300, blocks=4)
+    t, is_masked = trainer.corrupt(
+        config, 0, 0, torch.arange(300), (torch.arange(16) // 4).expand(300, -1), maskable, total_rows=300, chunks=4
+    )
     assert torch.equal(is_masked[:2] ^ is_masked[2:], maskable.expand(2, -1, -1)) and not (is_masked[:2] & is_masked[2:]).any()
     share = (is_masked / t).sum((1, 2)) / maskable.sum()  # E[w(t) x masked] is one for each view
     assert torch.allclose(share, torch.ones(4), atol=0.1)
@@ -141,7 +142,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path: Pat
     model = byte_model()
     with torch.no_grad():
         model.network.model.norm.weight.fill_(torch.nan)
-    collate = DiffusionCollator(pad_token_id=0, fill_token_id=model.eos_token_id)
+    collate = DiffusionCollator(model.objective, model.eos_token_id)
     with pytest.raises(UserError, match=r"the loss became nan at step 1: lower learning_rate=0.001"):
         trainer.fit(model, CONFIG, text_rows(), text_rows(8), collate, tmp_path, stage="pretrain")
 

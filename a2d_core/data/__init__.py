@@ -4,9 +4,9 @@ Load (`load_documents`, `load_conversations`: a training and a held-out part), m
 `conversation_rows`), and collate (`DiffusionCollator`). Whatever is wrong with the data is said here, before any training.
 """
 
-from a2d_core.data.batches import IGNORED, DiffusionCollator
+from a2d_core.data.batches import DiffusionCollator
 from a2d_core.data.conversations import conversation_rows
 from a2d_core.data.sources import load_conversations, load_documents
 from a2d_core.data.text import pretraining_rows
 
-__all__ = ["IGNORED", "DiffusionCollator", "conversation_rows", "load_conversations", "load_documents", "pretraining_rows"]
+__all__ = ["DiffusionCollator", "conversation_rows", "load_conversations", "load_documents", "pretraining_rows"]

@@ -11,7 +11,6 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from a2d_core.config import require
-from a2d_core.data.batches import IGNORED
 from a2d_core.data.sources import Messages
 from a2d_core.data.text import numbered
 
@@ -19,7 +18,7 @@ from a2d_core.data.text import numbered
 def conversation_rows(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, block_size: int | None = None
 ) -> tuple[Dataset, dict[str, int]]:
-    """One row per assistant turn: `input_ids`, `labels` (-100 on all that precedes the turn), and the row's index `row`.
+    """One row per assistant turn: `input_ids`, `turn` (1 on the turn, 0 before it), and the row's index `row`.
 
     The turn ends with its end-of-turn token; where the chat template writes none, the end-of-sequence token is put there.
     A row that is longer than `max_length`, once filled to a multiple of `block_size`, is dropped, as is one that
@@ -37,7 +36,7 @@ def conversation_rows(
         turns = [turn for messages in batch["messages"] for turn in _rendered_turns(messages, tokenizer)]
         prompts, wholes = ([turn[part] for turn in turns] for part in (0, 1))
         prompts, wholes = (tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] for texts in (prompts, wholes))
-        rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "dropped": []}
+        rows: dict[str, list[Any]] = {"input_ids": [], "turn": [], "dropped": []}
         for prompt, whole, (_, _, reason) in zip(prompts, wholes, turns, strict=True):
             ids = prompt + _closed(whole[len(prompt) :], closing, tokenizer)
             if not reason and whole[: len(prompt)] != prompt:
@@ -45,11 +44,11 @@ def conversation_rows(
             elif not reason and -(-len(ids) // (block_size or 1)) * (block_size or 1) > max_length:
                 reason = f"longer than max_length={max_length}"
             rows["input_ids"].append([] if reason else ids)
-            rows["labels"].append([] if reason else [IGNORED] * len(prompt) + ids[len(prompt) :])
+            rows["turn"].append([] if reason else [0] * len(prompt) + [1] * (len(ids) - len(prompt)))
             rows["dropped"].append(reason)
         return rows
 
-    features = Features({"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32")), "dropped": Value("string")})
+    features = Features({"input_ids": Sequence(Value("int32")), "turn": Sequence(Value("int32")), "dropped": Value("string")})
     rows = dataset.map(tokenise, batched=True, remove_columns=dataset.column_names, features=features, desc="tokenising conversations")
     reasons = rows["dropped"][:]
     dropped = dict(Counter(filter(None, reasons)))

@@ -160,14 +160,13 @@ def held_out_rows(config: EvaluateConfig, model: DiffusionModel, seed: int) -> T
 
 def score_text(config: EvaluateConfig, model: DiffusionModel, rows_BL: Tensor, seed: int) -> Tensor:
     """nats_B: the NELBO of each row, its first token given. The noise of a row depends on the seed and its number alone."""
-    labels_BL = rows_BL.clone()
-    labels_BL[:, 0] = -100
+    maskable_1L = (torch.arange(rows_BL.shape[1]) > 0).long()[None]
     nats = []
     for batch in _batches(len(rows_BL), config.batch_size, "scoring held-out text"):
-        ids_BL, batch_labels_BL = rows_BL[batch].to(model.device), labels_BL[batch].to(model.device)
-        valid_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+        ids_BL = rows_BL[batch]
+        streams = model.objective.streams(ids_BL, maskable_1L.expand_as(ids_BL)).to(model.device)
         rows_B = torch.arange(batch.start, batch.start + len(ids_BL), device=model.device)
-        estimate = likelihood.nelbo(model, ids_BL, batch_labels_BL, valid_BL, samples=config.nelbo_samples, seed=seed, rows_B=rows_B)
+        estimate = likelihood.nelbo(model, streams, samples=config.nelbo_samples, seed=seed, rows_B=rows_B)
         nats.append(estimate.nats_B.cpu())
     return torch.cat(nats)
 

@@ -41,12 +41,7 @@ def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, se
     with PartialState().main_process_first():  # the others find what the first has cached
         train_rows, eval_rows, fill, facts = import_module(f"a2d_core.stages.{stage}").prepare(config, model, seed)
     held_out = eval_rows.select(range(min(config.max_eval_rows, len(eval_rows))))
-    collate = data.DiffusionCollator(
-        pad_token_id=model.tokenizer.pad_token_id or model.eos_token_id,
-        fill_token_id=model.eos_token_id,
-        fill_to=fill,
-        block_size=model.objective.block_size,
-    )
+    collate = data.DiffusionCollator(model.objective, model.eos_token_id, fill)
     metrics = trainer.fit(
         model, config, train_rows, held_out, collate, output_dir, stage=stage, seed=seed, fill=fill, resume_from=resume_from
     )
