@@ -102,6 +102,8 @@ class TrainConfig:
     """Rows per process and micro-batch."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
+    group_by_length: bool = False
+    """Put rows of similar length into a batch: less padding, a less random order."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
@@ -132,6 +134,8 @@ class TrainConfig:
     """Leave the mask token's logit in the training softmax, as the published recipes do."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute precision; `auto` is bfloat16 where the hardware multiplies it natively. Master weights stay float32."""
+    attention: Literal["auto", "sdpa", "flex_attention", "eager"] = "auto"
+    """Attention kernels; `auto` is FlexAttention on CUDA, which skips what nobody sees, and else the model's own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     eval_every: float = 0.1

@@ -30,6 +30,8 @@ from a2d_core.objectives import Layout, Objective
 
 KNOWN_MASKS = 4
 """Attention masks that are kept to be used again."""
+FLEX_TILE = 128
+"""FlexAttention works in tiles of so many slots; a row is padded to a multiple of them."""
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -136,8 +138,12 @@ class DiffusionModel(nn.Module):
 
         `key`: what the slots are known by; the mask of a key is made once.
         """
-        known = (key, self.network.dtype, self.device) if key else None
+        implementation, length = self.network.config._attn_implementation, input_ids_BQ.shape[1]
+        known = (key, implementation, self.network.dtype, self.device) if key else None
         masks = self._known_masks.get(known)
+        if implementation == "flex_attention" and cache is None:  # few shapes to compile for: lengths differ from batch to batch
+            spare = -length % FLEX_TILE
+            input_ids_BQ, slots = nn.functional.pad(input_ids_BQ, (0, spare)), slots.padded(spare)
         if masks is None:
             masks = self._masks(slots, cached.then(slots) if cached is not None else slots)
         if known:
@@ -150,12 +156,29 @@ class DiffusionModel(nn.Module):
                 past_key_values=cache,
                 use_cache=cache is not None,
             )
-        return output.last_hidden_state
+        return output.last_hidden_state[:, :length]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] in float32, as the network computes them; the mask token's is -inf."""
         output = self.network.get_output_embeddings()
         return self.head.logits(hidden, output.weight, getattr(output, "bias", None))
+
+    def set_attention(self, implementation: str) -> None:
+        """Choose the attention kernels: `sdpa`, `eager` or `flex_attention`; `auto` is FlexAttention on CUDA, where the family has it.
+
+        Raises `UserError` where the family does not have it.
+        """
+        has_flex = bool(self.network._supports_flex_attn)
+        if implementation == "auto":
+            implementation = "flex_attention" if has_flex and self.device.type == "cuda" else self.network.config._attn_implementation
+        require(
+            implementation != "flex_attention" or has_flex,
+            f"{type(self.network).__name__} has no FlexAttention in transformers: set attention=auto or attention=sdpa",
+        )
+        try:
+            self.network.set_attn_implementation(implementation)
+        except ValueError as error:
+            raise UserError(f"{type(self.network).__name__} cannot run attention={implementation}: {error}") from None
 
     def save(self, directory: str | Path, stage: dict[str, Any] | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write a checkpoint directory; `stage` is appended to the chain of stages that made it."""

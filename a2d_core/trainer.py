@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from a2d_core import likelihood, noise
 from a2d_core.config import TrainConfig, UserError, require
@@ -60,6 +61,7 @@ def fit(
     """
     output_dir = Path(output_dir)
     check_fits(model, config)
+    model.set_attention(config.attention)
     if config.gradient_checkpointing:
         model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = DiffusionTrainer(model, config, train_rows, eval_rows, collate, output_dir, stage=stage, seed=seed, fill=fill)
@@ -125,6 +127,14 @@ class DiffusionTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, once for the whole step
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.diffusion.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(row["input_ids"]) for row in rows]
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroups(lengths, step, self.noise_seed)
 
     # --- one optimizer step ---
 
@@ -252,6 +262,22 @@ class DiffusionTrainer(Trainer):
             f"checkpoint '{resume_from_checkpoint}' does not fit the model: missing {sorted(set(loaded.missing_keys) - tied)[:3]}, "
             f"unexpected {loaded.unexpected_keys[:3]}. Resume with the model it was trained from",
         )
+
+
+class LengthGroups(LengthGroupedSampler):
+    """Rows of similar length together, in an order that depends on the seed and the epoch alone: a resumed run finds its place."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the training loop before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class MetricsFile(TrainerCallback):
