@@ -24,6 +24,7 @@ from datasets.exceptions import DatasetsError
 
 from a2d_core import embedded
 from a2d_core.config import Source, TrainConfig, UserError, parse_sources, require
+from a2d_core.data.cache import fingerprint
 from a2d_core.data.readers import BUILDERS, Messages, Reader, known, read_conversations, read_documents, require_columns
 
 __all__ = ["Messages", "load_conversations", "load_documents"]
@@ -187,8 +188,9 @@ def _filtered(pieces: list[Dataset], source: Source, config: TrainConfig) -> lis
     kept = []
     for piece in pieces:
         columns, passes = keep(source, piece.column_names)
-        workers = config.num_workers if config.num_workers > 1 else None
-        kept.append(piece.filter(passes, input_columns=columns, batched=True, num_proc=workers, desc=f"filtering {source.ref}"))
+        name, workers = fingerprint(piece, "filter", source.filters, columns), config.num_workers if config.num_workers > 1 else None
+        desc = f"filtering {source.ref}"
+        kept.append(piece.filter(passes, input_columns=columns, batched=True, num_proc=workers, new_fingerprint=name, desc=desc))
     if not any(map(len, kept)):
         common = "; ".join(f"the commonest in '{column}' are {_commonest(pieces, column)}" for column in columns)
         raise UserError(f"no row of data set '{source.ref}' passes [{','.join(map(':'.join, source.filters))}]: {common}")
@@ -218,7 +220,7 @@ def _held_out(parts: tuple[Dataset, ...], ref: str, config: TrainConfig, seed: i
     count = min(max(1, round(config.eval_fraction * rows)), rows - 1)
     is_held_out = np.zeros(rows, dtype=bool)
     is_held_out[np.random.default_rng(seed).choice(rows, count, replace=False)] = True
-    return dataset.select(np.flatnonzero(~is_held_out)), dataset.select(np.flatnonzero(is_held_out))
+    return _selected(dataset, ~is_held_out, "train", count, seed), _selected(dataset, is_held_out, "held out", count, seed)
 
 
 def _sampled(part: Dataset, source: Source, name: str, rows: int | None, seed: int) -> Dataset:
@@ -227,7 +229,13 @@ def _sampled(part: Dataset, source: Source, name: str, rows: int | None, seed: i
         return part
     remedy = "raise eval_fraction, or ask for fewer" if name == "test" else "ask for fewer"
     require(rows < len(part), f"'{source.ref}[{name}:{rows}]' asks for {rows} rows, and that part has {len(part)}: {remedy}")
-    return part.select(np.sort(np.random.default_rng([seed, 1]).choice(len(part), rows, replace=False)))
+    is_drawn = np.zeros(len(part), dtype=bool)
+    is_drawn[np.random.default_rng([seed, 1]).choice(len(part), rows, replace=False)] = True
+    return _selected(part, is_drawn, "sample", rows, seed)
+
+
+def _selected(dataset: Dataset, is_selected: np.ndarray[Any, Any], step: str, count: int, seed: int) -> Dataset:
+    return dataset.select(np.flatnonzero(is_selected), new_fingerprint=fingerprint(dataset, step, count, seed))
 
 
 def _interleaved(parts: list[Dataset]) -> Dataset:
@@ -235,4 +243,5 @@ def _interleaved(parts: list[Dataset]) -> Dataset:
     if len(parts) == 1:
         return parts[0]
     place = np.concatenate([(np.arange(len(part)) + 0.5) / len(part) for part in parts])
-    return concatenate_datasets(parts).select(np.argsort(place, kind="stable"))
+    name = fingerprint(parts[0], "interleave", [part._fingerprint for part in parts[1:]])
+    return concatenate_datasets(parts).select(np.argsort(place, kind="stable"), new_fingerprint=name)

@@ -68,7 +68,7 @@ def pretraining_rows(
 
 def tokenised(texts: list[str | None], tokenizer: PreTrainedTokenizerBase, insert_eos: bool) -> list[list[int]]:
     """The tokens of each document; none of one that is empty."""
-    ids = tokenizer([text or "" for text in texts], verbose=False)["input_ids"]
+    ids = tokenizer([text or "" for text in texts], verbose=False)["input_ids"] if texts else []
     end = [tokenizer.eos_token_id] if insert_eos else []
     return [(one if one[-1:] == end else one + end) if text else [] for one, text in zip(ids, texts, strict=True)]
 
