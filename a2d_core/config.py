@@ -135,7 +135,7 @@ class TrainConfig:
     shuffle_buffer: int = 10_000
     """Documents held in memory to shuffle a stream."""
     num_workers: int = 1
-    """Processes that filter, read and tokenise the data."""
+    """Processes that filter, read and tokenise the data, where it is not streamed."""
     text_field: str | None = None
     """Column with the text (pretraining); None takes that of a known data set, or `text`."""
     messages_field: str | None = None

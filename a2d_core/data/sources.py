@@ -214,9 +214,7 @@ def _held_out(parts: tuple[Dataset, ...], ref: str, config: TrainConfig, seed: i
         text = dataset[0]["text"] or ""
         end = len(text) - max(1, round(config.eval_fraction * len(text)))
         return Dataset.from_dict({"text": [text[:end]]}), Dataset.from_dict({"text": [text[end:]]})
-    require(
-        rows >= 2, f"data set '{ref}' has {rows} rows in split '{config.train_split}', none to hold out: add rows, or name an eval_split"
-    )
+    require(rows >= 2, f"data set '{ref}' has {rows} rows to train on, none to hold out: add rows, or name an eval_split")
     count = min(max(1, round(config.eval_fraction * rows)), rows - 1)
     is_held_out = np.zeros(rows, dtype=bool)
     is_held_out[np.random.default_rng(seed).choice(rows, count, replace=False)] = True
