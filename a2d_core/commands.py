@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import presets, tracking
-from a2d_core.config import STAGES, Recipe, TrackingConfig, UserError, build, parse_override, require, to_dict
+from a2d_core.config import STAGES, Recipe, TrackingConfig, UserError, build, parse_override, parse_sources, require, to_dict
 from a2d_core.follow import Follower
 from a2d_core.stages import checks
 
@@ -50,7 +50,7 @@ def train(args: argparse.Namespace) -> None:
     recipe = _resolve_for_model(args, [_option(f"{stage}.dataset", args.dataset)])
     config, processes = getattr(recipe, stage), args.processes or recipe.compute.train.processes
     resume_from = checks.newest_checkpoint(args.output_dir) if args.resume else None
-    with _work(args, recipe, inputs=(args.model, config.dataset)) as output_dir:
+    with _work(args, recipe, inputs=(args.model, *(source.ref for source in parse_sources(config.dataset)))) as output_dir:
         from a2d_core.stages import pretrain, sft
 
         run = {"pretrain": pretrain.run, "sft": sft.run}[stage]

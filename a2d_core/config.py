@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
 import textwrap
 import types
 import typing
@@ -65,15 +66,62 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class Source:
+    """One of the data sets that `dataset` names, with what stands in brackets behind it."""
+
+    ref: str
+    """Hub id, file, directory, or `embedded:...`."""
+    config: str | None = None
+    """Configuration (subset) name, for this data set alone."""
+    split: str | None = None
+    """Split to train on, for this data set alone."""
+    train: int | None = None
+    """Rows that are drawn from the training part; None takes all."""
+    test: int | None = None
+    """Rows that are drawn from the held-out part; None takes all."""
+    filters: tuple[tuple[str, str], ...] = ()
+    """(column, value): only rows with this value are read."""
+
+
+def parse_sources(spec: str) -> tuple[Source, ...]:
+    """The data sets in `ref[key:value,...]+ref+...`: keys train, test (or eval), config, split, and else the name of a column.
+
+    Raises `UserError` where `spec` is not of this form.
+    """
+    form = f"'{spec}' does not name data sets: %s. Write them like owner/name[train:10000,test:1000]+talks.jsonl[lang:python]"
+    sources = []
+    for part in re.split(r"\+(?![^\[]*\])", spec):  # a + inside brackets is part of a value
+        found = re.fullmatch(r"\s*([^\[\]]*[^\[\]\s])\s*(?:\[([^\[\]]*)\])?\s*", part)
+        require(found is not None, form % f"'{part}' is not a name with brackets behind it at most")
+        ref, inside = found.groups()  # type: ignore[union-attr]
+        options: dict[str, Any] = {}
+        filters: dict[str, str] = {}
+        for entry in inside.split(",") if inside is not None else ():
+            key, colon, value = (text.strip() for text in entry.partition(":"))
+            require(bool(key and colon and value), form % f"'{entry}' in the brackets of '{ref}' is not key:value")
+            key = "test" if key == "eval" else key
+            require(key not in options and key not in filters, form % f"'{key}' stands twice in the brackets of '{ref}'")
+            if key in ("train", "test"):
+                require(value.isdecimal() and int(value) >= 1, form % f"{key}:{value} of '{ref}' is not a number of rows")
+                options[key] = int(value)
+            elif key in ("config", "split"):
+                options[key] = value
+            else:
+                filters[key] = value
+        sources.append(Source(ref, filters=tuple(filters.items()), **options))
+    return tuple(sources)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run of training: pretraining on text, or supervised fine-tuning (SFT) on conversations."""
 
     enabled: bool = True
     """Run this stage; when false, its input checkpoint is passed on unchanged."""
     dataset: str = "embedded:corpus"
-    """Hub id, file, directory, or `embedded:corpus` / `embedded:tasks`."""
+    """Hub id, file, directory, or `embedded:corpus` / `embedded:tasks`; several with `+`, and `[train:1000,lang:en]` behind each."""
     dataset_config: str | None = None
-    """Configuration (subset) name of a Hub data set."""
+    """Configuration (subset) name of a Hub data set; `[config:NAME]` for one of several."""
     train_split: str = "train"
     """Split to train on."""
     eval_split: str | None = None
@@ -82,10 +130,16 @@ class TrainConfig:
     """Fraction of the training split that is held out when there is no `eval_split`."""
     max_eval_rows: int = 512
     """At most so many held-out rows are scored at each evaluation."""
-    text_field: str = "text"
-    """Column with the text (pretraining)."""
-    messages_field: str = "messages"
-    """Column with the list of {role, content} messages (SFT)."""
+    streaming: bool = False
+    """Read the text while training, instead of downloading and tokenising it first (pretraining; needs `max_steps`)."""
+    shuffle_buffer: int = 10_000
+    """Documents held in memory to shuffle a stream."""
+    num_workers: int = 1
+    """Processes that filter, read and tokenise the data, where it is not streamed."""
+    text_field: str | None = None
+    """Column with the text (pretraining); None takes that of a known data set, or `text`."""
+    messages_field: str | None = None
+    """Column with the list of {role, content} messages (SFT); None looks for the usual layouts."""
     prompt_field: str | None = None
     """Column with the prompt, for SFT data in two columns instead of messages."""
     response_field: str | None = None
@@ -94,6 +148,8 @@ class TrainConfig:
     """Tokens per row: text is cut into rows of this length, longer conversations are dropped."""
     insert_eos: bool = True
     """Put the end-of-sequence token between documents (pretraining)."""
+    pack: bool = False
+    """Keep documents apart in packed rows: each attends to itself alone, from position 0."""
     epochs: float = 1.0
     """Passes over the training rows; `max_steps` wins where it is set."""
     max_steps: int = -1
@@ -148,8 +204,19 @@ class TrainConfig:
     """Optimizer steps between two logged losses."""
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "batch_size", "gradient_accumulation_steps", "views", "keep_checkpoints", "log_every", "max_eval_rows"):
+        for name in (
+            "max_length", "batch_size", "gradient_accumulation_steps", "views", "keep_checkpoints", "log_every", "max_eval_rows",
+            "shuffle_buffer", "num_workers",
+        ):  # fmt: skip
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        parse_sources(self.dataset)
+        require(
+            not self.streaming or self.max_steps >= 1,
+            "streaming=true needs max_steps, because a stream has no length: say how many optimizer steps to take",
+        )
+        require(
+            not (self.streaming and self.group_by_length), "group_by_length=true needs to know all rows: leave it out with streaming=true"
+        )
         require(self.max_length >= 2, f"max_length must be at least 2, not {self.max_length}")
         require(self.max_steps == -1 or self.max_steps >= 1, f"max_steps must be -1 (use epochs) or at least 1, not {self.max_steps}")
         require(self.epochs > 0, f"epochs must be above 0, not {self.epochs}")
@@ -237,8 +304,8 @@ class EvaluateConfig:
     """Split with the held-out text; without it `text_fraction` of the training split is held out, as in pretraining."""
     text_fraction: float = 0.05
     """Fraction of the training split that is held out when there is no `text_split`."""
-    text_field: str = "text"
-    """Column with the text of `text_dataset`."""
+    text_field: str | None = None
+    """Column with the text of `text_dataset`; None takes that of a known data set, or `text`."""
     text_length: int = 128
     """Tokens per scored row of text."""
     text_rows: int = 128
@@ -254,6 +321,8 @@ class EvaluateConfig:
         require(self.text_length >= 2, f"text_length must be at least 2, not {self.text_length}")
         require(0 < self.text_fraction < 1, f"text_fraction must lie in (0, 1), not {self.text_fraction}")
         require(self.limit is None or self.limit >= 1, f"limit must be at least 1, not {self.limit}")
+        if self.text_dataset is not None:
+            parse_sources(self.text_dataset)
 
     def reading(self) -> TrainConfig:
         """How the held-out text is read, in the terms of pretraining data."""
@@ -394,16 +463,31 @@ class Recipe:
     def _check_text_is_held_out(self) -> None:
         """The text that is scored must not have been trained on."""
         trained, scored = self.pretrain, self.evaluate
-        if not (trained.enabled and scored.enabled and trained.dataset == scored.text_dataset):
+        if not (trained.enabled and scored.enabled and scored.text_dataset):
             return
-        for name, ours, theirs in (
+        ours, theirs = ({(s.ref, s.config, s.split, s.filters) for s in parse_sources(d)} for d in (scored.text_dataset, trained.dataset))
+        shared = {ref for ref, *_ in ours} & {ref for ref, *_ in theirs}
+        if not shared:
+            return
+        name = ", ".join(sorted(shared))
+        require(
+            {source for source in ours if source[0] in shared} <= theirs,
+            f"evaluate.text_dataset reads '{name}' with another config, split or filter than pretrain.dataset: "
+            "give both the same, or evaluate would score text that was trained on",
+        )
+        require(
+            not trained.streaming or trained.eval_split is not None,
+            f"pretrain streams '{name}', which evaluate.text_dataset names too: name a pretrain.eval_split and evaluate.text_split, "
+            "or another evaluate.text_dataset, or evaluate would score text that was trained on",
+        )
+        for name, our, their in (
             ("dataset_config", scored.text_config, trained.dataset_config),
             ("eval_split", scored.text_split, trained.eval_split),
             ("eval_fraction", scored.text_fraction, trained.eval_fraction),
         ):
             require(
-                ours == theirs,
-                f"evaluate.text_{name.removeprefix('eval_').removeprefix('dataset_')}={ours} differs from pretrain.{name}={theirs}: "
+                our == their,
+                f"evaluate.text_{name.removeprefix('eval_').removeprefix('dataset_')}={our} differs from pretrain.{name}={their}: "
                 "give both the same value, or evaluate would score text that was trained on",
             )
 

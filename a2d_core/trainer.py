@@ -348,6 +348,7 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
         label_names=[],
         disable_tqdm=not sys.stderr.isatty(),
         ddp_find_unused_parameters=False,
+        accelerator_config={"dispatch_batches": False},  # each process reads a stream itself and keeps its share of every batch
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     if arguments.device.type == "cuda":

@@ -160,13 +160,14 @@ def test_mistakes_in_the_data_name_the_value_and_the_remedy(tmp_path):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=12), st.integers(2, 20), st.booleans())
 def test_rows_are_the_documents_in_order_without_the_tail(texts, max_length, insert_eos):
-    line = [token for text in texts for token in [*TOKENIZER(text)["input_ids"], *[EOS] * insert_eos]]
+    line = [token for text in filter(None, texts) for token in [*TOKENIZER(text)["input_ids"], *[EOS] * insert_eos]]
     dataset = Dataset.from_dict({"text": texts})
     if len(line) < max_length:
         with pytest.raises(UserError, match=f"max_length={max_length}"):
-            data.pretraining_rows(dataset, TOKENIZER, "text", max_length, insert_eos)
+            data.pretraining_rows(dataset, TOKENIZER, max_length, insert_eos)
         return
-    rows = data.pretraining_rows(dataset, TOKENIZER, "text", max_length, insert_eos)
+    rows, dropped = data.pretraining_rows(dataset, TOKENIZER, max_length, insert_eos)
+    assert dropped == ({"empty": texts.count("")} if "" in texts else {})
     assert {len(ids) for ids in rows["input_ids"]} == {max_length}
     assert [token for ids in rows["input_ids"] for token in ids] == line[: len(line) - len(line) % max_length]
     assert rows["row"][:] == list(range(len(rows)))
@@ -177,7 +178,7 @@ def test_rows_run_on_across_the_batches_in_which_documents_are_tokenised(tmp_pat
     train, _ = data.load_documents(write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in texts]), TrainConfig(eval_fraction=0.001))
     line = [token for text in train["text"] for token in [*TOKENIZER(text)["input_ids"], EOS]]
     for _ in range(2):  # the second time from the cache of the datasets library
-        rows = data.pretraining_rows(train, TOKENIZER, "text", 64, True)
+        rows, _ = data.pretraining_rows(train, TOKENIZER, 64, True)
         assert [token for ids in rows["input_ids"] for token in ids] == line[: len(line) - len(line) % 64]
 
 

@@ -45,4 +45,5 @@ def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, se
     metrics = trainer.fit(
         model, config, train_rows, held_out, collate, output_dir, stage=stage, seed=seed, fill=fill, resume_from=resume_from
     )
-    return {"train_rows": len(train_rows), "eval_rows": len(held_out), **facts, **metrics}
+    sizes = {"train_rows": len(train_rows)} if not config.streaming else {}  # a stream has no length
+    return {**sizes, "eval_rows": len(held_out), **facts, **metrics}
