@@ -91,9 +91,15 @@ class TrainConfig:
     response_field: str | None = None
     """Column with the response, for SFT data in two columns instead of messages."""
     max_length: int = 512
-    """Tokens per row: text is cut into rows of this length, longer conversations are dropped."""
+    """Tokens per row: text is cut into rows of this length; for longer conversations see `too_long`."""
     insert_eos: bool = True
     """Put the end-of-sequence token between documents (pretraining)."""
+    pack: bool = False
+    """Keep documents apart in packed rows: each attends to itself alone, from position 0."""
+    supervise: Literal["all", "last"] = "all"
+    """Assistant turns that are learned: all, or the last of each conversation, as published (SFT)."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """Turns that end behind `max_length` are dropped, or cut there: the first `max_length` tokens are kept, as published (SFT)."""
     epochs: float = 1.0
     """Passes over the training rows; `max_steps` wins where it is set."""
     max_steps: int = -1
