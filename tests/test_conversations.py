@@ -354,7 +354,10 @@ def test_another_process_takes_the_rows_from_the_cache(tmp_path):
     path, cache = str(tmp_path / "talks.jsonl"), tmp_path / "cache"
     Path(path).write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in (TALK, LONG_TALK, talk("hi"))))
     dataset = load_dataset("json", data_files=path, split="train", cache_dir=str(cache))
-    rows, facts = data.conversation_rows(dataset, TOKENIZER, 64, 4, pack=True)  # this tokenizer has been used before
+    tokenizer = embedded.build_tokenizer()
+    tokenizer(["a", "long one"], padding=True)  # which it remembers
+    tokenizer.name_or_path = "elsewhere"
+    rows, facts = data.conversation_rows(dataset, tokenizer, 64, 4, pack=True)
     files = {(file, file.stat().st_mtime_ns) for file in cache.rglob("cache-*.arrow")}
     command, root = [sys.executable, "-c", AGAIN, path, str(cache)], Path(__file__).resolve().parents[1]
     done = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONHASHSEED": "1"}, capture_output=True, text=True, check=True)
@@ -363,8 +366,20 @@ def test_another_process_takes_the_rows_from_the_cache(tmp_path):
     assert files == {(file, file.stat().st_mtime_ns) for file in cache.rglob("cache-*.arrow")}
 
 
+def test_rows_of_other_settings_are_not_taken_from_the_cache(tmp_path):
+    path = tmp_path / "talks.jsonl"
+    path.write_text(json.dumps({"messages": LONG_TALK}) + "\n")
+    dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path))
+    other = embedded.build_tokenizer()
+    other.chat_template = CHATML.replace("stop", "end") + ASKED
+    settings = [{}, {"tokenizer": other}, {"max_length": 24}, {"block_size": None}, {"supervise": "last"}]
+    settings += [{"max_length": 20}, {"max_length": 20, "too_long": "truncate"}]
+    made = [data.conversation_rows(dataset, **{"tokenizer": TOKENIZER, "max_length": 64, "block_size": 4, **kind})[0] for kind in settings]
+    assert len({json.dumps(rows[:]) for rows in made}) == len(settings)
+
+
 def test_several_processes_make_the_same_rows_as_one():
     talks = [talk("hi", "a" * i, "b", "c") for i in range(9)]
-    (rows, facts), (same, same_facts) = (make(talks, block_size=4, processes=processes) for processes in (1, 2))
+    (rows, facts), (same, same_facts) = (make(talks, block_size=4, num_workers=workers) for workers in (1, 2))
     assert rows[:] == same[:]
     assert facts == same_facts == {"dropped": {"empty response": 1}}

@@ -6,10 +6,8 @@ precedes the turn, with the generation prompt, and its answer is what the templa
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.compute as pc
@@ -18,13 +16,11 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from a2d_core.config import UserError, require
-from a2d_core.data.sources import Messages
+from a2d_core.data.cache import fingerprint, tokenizer_key
 from a2d_core.data.text import numbered
 
 QUESTION, ANSWER = "@@question@@", "@@answer@@"
 """Contents that show what a chat template puts around them."""
-CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-"""Part of the cache's key: rows that other code has made are not taken."""
 COLUMNS = {"input_ids": Sequence(Value("int32")), "turn": Sequence(Value("int16"))}
 
 
@@ -37,7 +33,7 @@ def conversation_rows(
     supervise: Literal["all", "last"] = "all",
     too_long: Literal["drop", "truncate"] = "drop",
     pack: bool = False,
-    processes: int = 1,
+    num_workers: int = 1,
 ) -> tuple[Dataset, dict[str, Any]]:
     """Rows of `input_ids`, `turn` and the row's index `row`; and the facts: how many turns were `dropped` for which reason.
 
@@ -50,6 +46,7 @@ def conversation_rows(
     A row, once filled to a multiple of `block_size`, has at most `max_length` tokens: turns that end behind them are dropped, or
     cut there (`too_long="truncate"`; a cut turn has no end). `supervise="last"` learns a conversation's last assistant turn only.
     With `pack` rows are filled and put together (see `_pack`), and the facts tell the share of `padding` that is left.
+    `num_workers` processes do the work, and the datasets library keeps what they made of data from the disk.
     Raises `UserError` where the tokenizer has no usable chat template, nothing is left, or rows cannot be packed.
     """
     require(
@@ -58,9 +55,16 @@ def conversation_rows(
     )
     limit = max_length - max_length % (block_size or 1)
     reader = _Reader(tokenizer, *_ending(tokenizer), limit, block_size is not None, supervise, too_long)
-    options = {"batched": True, "num_proc": processes if processes > 1 else None}
-    features = Features({**COLUMNS, "dropped": Value("string")})
-    rows = dataset.map(reader, remove_columns=dataset.column_names, features=features, desc="tokenising conversations", **options)
+    workers = num_workers if num_workers > 1 else None
+    rows = dataset.map(
+        reader,
+        batched=True,
+        num_proc=workers,
+        remove_columns=dataset.column_names,
+        features=Features({**COLUMNS, "dropped": Value("string")}),
+        new_fingerprint=fingerprint(dataset, "tokenise conversations", *reader.key()),
+        desc="tokenising conversations",
+    )
     reasons = rows.data.column("dropped")
     dropped = {count["values"]: count["counts"] for count in pc.value_counts(reasons).to_pylist() if count["values"]}
     require(sum(dropped.values()) < len(rows), f"no conversation is left; dropped were {dropped}: mend the data, or raise max_length")
@@ -70,7 +74,7 @@ def conversation_rows(
     if pack:
         features = Features({**COLUMNS, "document": Sequence(Value("int16"))})
         packing = {"limit": limit, "block_size": block_size, "fill": tokenizer.eos_token_id}
-        rows = rows.map(_pack, fn_kwargs=packing, features=features, desc="packing conversations", **options)
+        rows = rows.map(_pack, batched=True, num_proc=workers, fn_kwargs=packing, features=features, desc="packing conversations")
         tokens = pc.sum(pc.list_value_length(rows.data.column("input_ids"))).as_py()
         facts["padding"] = 1 - tokens / (len(rows) * limit)
     return numbered(rows), facts
@@ -104,7 +108,11 @@ class _Reader:
     """Whether the turns of a conversation share a row."""
     supervise: str
     too_long: str
-    code: str = CODE
+
+    def key(self) -> list[Any]:
+        """What the rows depend on, besides the conversations."""
+        rules = tokenizer_key(self.tokenizer), self.tokenizer.special_tokens_map, self.tokenizer.chat_template
+        return [*rules, self.limit, self.joins, self.supervise, self.too_long]
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         turns = [turn for number, messages in enumerate(batch["messages"]) for turn in self._turns(number, messages)]
@@ -124,7 +132,7 @@ class _Reader:
             ids += whole[len(ids) :]
         return rows
 
-    def _turns(self, number: int, messages: Messages) -> Iterator[_Turn]:
+    def _turns(self, number: int, messages: list[dict[str, str]]) -> Iterator[_Turn]:
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
             yield _Turn(number, dropped="no assistant turn")
@@ -136,7 +144,7 @@ class _Reader:
             else:
                 yield self._rendered(number, messages[: index + 1])
 
-    def _rendered(self, number: int, messages: Messages) -> _Turn:
+    def _rendered(self, number: int, messages: list[dict[str, str]]) -> _Turn:
         try:
             prompt = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
             text = self.tokenizer.apply_chat_template(messages, tokenize=False)
