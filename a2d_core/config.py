@@ -145,11 +145,15 @@ class TrainConfig:
     response_field: str | None = None
     """Column with the response, for SFT data in two columns instead of messages."""
     max_length: int = 512
-    """Tokens per row: text is cut into rows of this length, longer conversations are dropped."""
+    """Tokens per row: text is cut into rows of this length; for longer conversations see `too_long`."""
     insert_eos: bool = True
     """Put the end-of-sequence token between documents (pretraining)."""
     pack: bool = False
     """Keep documents apart in packed rows: each attends to itself alone, from position 0."""
+    supervise: Literal["all", "last"] = "all"
+    """Assistant turns that are learned: all, or the last of each conversation, as published (SFT)."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """Turns that end behind `max_length` are dropped, or cut there: the first `max_length` tokens are kept, as published (SFT)."""
     epochs: float = 1.0
     """Passes over the training rows; `max_steps` wins where it is set."""
     max_steps: int = -1
@@ -449,6 +453,10 @@ class Recipe:
             not (self.objective == "bd3lm" and self.convert.right_shift),
             "convert.right_shift=true does not fit bd3lm: a block's first token would be read from a noised block in "
             "training and from a clean one in sampling; use --objective mdlm, or leave the shift out",
+        )
+        require(
+            not (self.objective == "mdlm" and self.sft.enabled and self.sft.pack),
+            "sft.pack=true does not fit mdlm, which fills each answer to the longest row and leaves nothing to pack: leave it out",
         )
         self._check_text_is_held_out()
         if self.objective == "bd3lm":

@@ -94,6 +94,11 @@ class DiffusionModel(nn.Module):
         configured = configured if isinstance(configured, list) else [configured]
         return tuple(sorted({i for i in [self.eos_token_id, *configured] if i is not None}))
 
+    def stop_at(self, token_id: int) -> None:
+        """Let this token end a generation too; it is saved with the checkpoint."""
+        if token_id not in self.stop_token_ids:
+            self.network.generation_config.eos_token_id = sorted({*self.stop_token_ids, token_id})
+
     def encode(self, text: str, *, chat: bool = True) -> list[int]:
         """Token ids of a prompt: a user's turn in the tokenizer's chat template, ready to be answered, or the plain text.
 
