@@ -9,6 +9,7 @@ Neither it nor the number of draws depends on what else is scored, on the size o
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -44,6 +45,9 @@ class Score:
     """Its standard error; 0 where there is no noise, NaN where one draw says nothing of it."""
     samples: int
     """Noise draws behind it; 0 where there is no noise."""
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.nats + other.nats, math.hypot(self.stderr, other.stderr), max(self.samples, other.samples))
 
 
 @dataclass
@@ -142,7 +146,7 @@ class Scorer:
             yield batch, kind[0]
 
     def _is_shared(self, jobs: list[_Job]) -> bool:
-        """Whether the answers stand on one clean stream: they have the same context, and lie in the block that it ends in or in the next."""
+        """Whether the answers can stand on one clean stream: they follow the same context, and lie in one block."""
         answers = [job.answer for job in jobs]
         spans = {self.model.objective.span(len(a.context), len(a.context) + len(a.tokens)) for a in answers}
         is_one = self.model.objective.block_size is not None and len(spans) == 1 and len({a.context for a in answers}) == 1

@@ -207,7 +207,7 @@ def test_lm_eval_finds_the_classes_by_name_and_passes_settings_on(checkpoints):
         text = f"pretrained={directory},threshold=0.5,max_new_tokens=9,nelbo_samples=2,seed=7"
         lm = get_model(f"a2d_{objective}").create_from_arg_string(text, {"batch_size": 3, "device": None})
         assert (lm.sample.threshold, lm.sample.max_new_tokens, lm.sample.batch_size) == (0.5, 9, 3)
-        assert (lm.nelbo_samples, lm.seed, lm.max_length) == (2, 7, CONTEXT)
+        assert (lm.scorer.samples, lm.seed, lm.max_length) == (2, 7, CONTEXT)
 
 
 def test_a_checkpoint_of_the_other_objective_is_refused(checkpoints):

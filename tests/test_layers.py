@@ -12,7 +12,7 @@ LAYERS = [
     ["config", "noise", "loss"],
     ["attention", "objectives", "store", "launch", "presets", "follow"],
     ["models", "embedded", "data", "tracking", "tasks"],
-    ["likelihood", "sampling"],
+    ["likelihood", "sampling", "scoring"],
     ["trainer", "harness", "pyfunc_model", "registry", "chat"],
     ["stages"],
     ["commands"],
