@@ -15,9 +15,11 @@ from unittest.mock import patch
 
 import lm_eval.api.task
 import lm_eval.evaluator
+import lm_eval.tasks
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from a2d_core.config import EvaluateConfig, UserError, require
@@ -108,31 +110,40 @@ def quiet(code_execution: bool = False) -> Iterator[None]:
 
 def _manager(config: EvaluateConfig) -> TaskManager:
     """The index of our task files, and of lm-eval's 14,000 only where they are needed: reading those takes seconds."""
-    directories = [HERE, *(Path(directory) for directory in config.task_dirs)]
-    manager = TaskManager(include_path=directories, include_defaults=False)
-    if set(config.tasks) <= set(manager.all_tasks):
-        return manager
-    return TaskManager(include_path=directories)
+    manager = TaskManager(include_path=[HERE, *map(Path, config.task_dirs)], include_defaults=False)
+    names = (*config.tasks, *config.datasets)
+    if not all(name in manager.task_index for asked in names for name in (asked, *(leaf for leaf, _ in _leaves(asked, manager)))):
+        own = dict(manager.task_index)
+        manager.task_index.update({**_index_of_lm_eval(), **own})
+        for name, entry in own.items():
+            if entry.kind is Kind.TAG and name in _index_of_lm_eval():
+                manager.task_index[name] = replace(entry, tags=entry.tags | _index_of_lm_eval()[name].tags)
+    return manager
+
+
+@functools.lru_cache(maxsize=1)
+def _index_of_lm_eval() -> dict[str, Entry]:
+    return TaskIndex().build([Path(lm_eval.tasks.__file__).parent])
 
 
 def _check_name(name: str, manager: TaskManager) -> None:
     if name in manager.task_index or (name.endswith(".yaml") and Path(name).is_file()):
         return
-    near = get_close_matches(name, manager.all_tasks, n=3)
+    near = get_close_matches(name, list(manager.task_index), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists those of lm-eval; evaluate.task_dirs adds others"
     raise UserError(f"unknown task '{name}': {hint}")
 
 
 def _leaves(name: str, manager: TaskManager) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The single tasks that a name of the index stands for, and their files' content, without loading any."""
+    """The single tasks that a name stands for, and their files' content, without loading any; an unknown name is one."""
     entry = manager.task_index.get(name)
-    if entry is None:
+    members = (entry.cfg or {}).get("task") if entry else None
+    if entry and entry.kind is Kind.TAG:
+        members = sorted(entry.tags)
+    if not isinstance(members, list):
+        yield name, (entry.cfg if entry else None) or {}
         return
-    members = (entry.cfg or {}).get("task")
-    members = entry.tags if entry.yaml_path is None else members if isinstance(members, list) else None
-    if members is None:
-        yield name, entry.cfg or {}
-    for member in members or ():
+    for member in members:
         yield from _leaves(member if isinstance(member, str) else member.get("group") or member["task"], manager)
 
 
@@ -159,7 +170,9 @@ def _use_local_data(name: str, directory: Path, config: EvaluateConfig, manager:
             f"there are {', '.join(path.name for path in found.values()) or 'none'}",
         )
         files = {"data_files": {split: str(path) for split, path in found.items()}}
-        data = {"dataset_path": builders.pop(), "dataset_name": None, "dataset_kwargs": files, "custom_dataset": None}
+        data: dict[str, Any] = {"dataset_path": builders.pop(), "dataset_name": None, "dataset_kwargs": files, "custom_dataset": None}
+        for split in ("training_split", "validation_split"):
+            data[split] = file.get(split) if file.get(split) in found else None  # else lm-eval looks for examples in it
         manager.task_index[task] = replace(entry, yaml_path=None, cfg={**file, **data})
 
 
