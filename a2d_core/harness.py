@@ -89,7 +89,9 @@ class DiffusionLM(TemplateLM):
         if batch_size != "auto":  # lm-eval's command line passes a text
             settings["batch_size"] = int(batch_size) if str(batch_size).isdecimal() else batch_size
         self.sample = build(SampleConfig, {**to_dict(sample or SampleConfig()), **settings})
-        PartialState()  # joins a group of processes, and chooses this one's device
+        several = PartialState().num_processes > 1  # it joins the group, and chooses this process's device
+        if several or (str(device).startswith("cuda") and not torch.cuda.is_available()):
+            device = None  # lm-eval's command asks for cuda:0 unless it is told otherwise
         if isinstance(pretrained, DiffusionModel):
             self.model = pretrained.to(device) if device else pretrained
         else:
