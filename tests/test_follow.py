@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from a2d_core import checkpoints
 from a2d_core.config import UserError
 from a2d_core.follow import Follower
 
@@ -49,10 +50,8 @@ def write(output, *rows, end="\n"):
 
 
 def checkpoint(output, step):
-    folder = output / f"checkpoint-{step}"
-    folder.mkdir()
-    (folder / "weights").write_text(str(step))
-    (folder / "trainer_state.json").write_text("{}")
+    with checkpoints.whole(output / f"checkpoint-{step}") as folder:
+        (folder / "weights").write_text(str(step))
 
 
 def until(condition):
@@ -99,7 +98,7 @@ def test_complete_checkpoints_are_handed_over_and_outlive_the_trainers_own_clean
 
     with follow(output, log, on_checkpoint=keep):
         (output / "checkpoint-5").mkdir()
-        (output / "checkpoint-5" / "trainer_state.json").write_text('{"global')  # half written
+        (output / "checkpoint-5" / "weights").write_text("half writ")
         (output / "checkpoint-final").mkdir()
         checkpoint(output, 10)
         until(lambda: 10 in kept)
