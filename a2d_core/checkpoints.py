@@ -6,6 +6,7 @@ renamed to `checkpoint-N`. So a training that is killed, or whose disk is full, 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,9 +22,6 @@ from a2d_core.config import UserError, require
 MANIFEST = "manifest.json"
 PARTIAL = "partial"
 """Where a directory is written, beside its final place."""
-
-TORCH_SAVE = ("torch", "serialization.py")
-"""Where an error that torch.save's own writer meets comes from; it is a RuntimeError that says little."""
 
 
 @contextmanager
@@ -54,12 +52,9 @@ def told(path: Path) -> Iterator[None]:
     """Turn the body's failure to write `path` into a `UserError` that names the room on the disk and the last good checkpoint."""
     try:
         yield
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
-        source = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts[-2:]
-        is_torchs = isinstance(error, RuntimeError) and source == TORCH_SAVE
-        is_disk = is_torchs or isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
-        if not is_disk:
+    except BaseException as error:  # torch.distributed.checkpoint raises one that is no Exception
+        reason = _failed_write(error)
+        if reason is None:
             raise
         there = next(folder for folder in path.absolute().parents if folder.exists())
         room = f"{_mib(shutil.disk_usage(there).free)} are free at '{there}' now"
@@ -70,6 +65,17 @@ def told(path: Path) -> Iterator[None]:
         raise UserError(
             f"cannot write '{path}' ({reason}): {room}. Free some space or lower keep_checkpoints; {go_on(path.parent)}"
         ) from error
+
+
+def _failed_write(error: BaseException) -> str | None:
+    """Why the operating system took no more, or None where the error is another one; libraries have many words for it."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    source = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if isinstance(error, RuntimeError) and source.parts[-2:] == ("torch", "serialization.py"):
+        return "torch.save could not write to the end of a file"
+    lines = [line for line in str(error).splitlines() if "(os error " in line or os.strerror(errno.ENOSPC) in line]
+    return lines[0].strip() if lines else None  # the first sign is that of Rust: safetensors, tokenizers
 
 
 def damage(checkpoint: Path, *, digests: bool = True) -> str | None:

@@ -156,10 +156,7 @@ class TrainConfig:
         require(self.max_steps == -1 or self.max_steps >= 1, f"max_steps must be -1 (use epochs) or at least 1, not {self.max_steps}")
         require(self.epochs > 0, f"epochs must be above 0, not {self.epochs}")
         require(self.learning_rate > 0, f"learning_rate must be above 0, not {self.learning_rate}")
-        require(
-            self.explode_factor == 0 or self.explode_factor > 1,
-            f"explode_factor must be above 1, or 0 to let every finite norm pass, not {self.explode_factor}",
-        )
+        require(self.explode_factor >= 0, f"explode_factor must be 0 (let every finite norm pass) or above, not {self.explode_factor}")
         require(0 <= self.warmup_ratio < 1, f"warmup_ratio must lie in [0, 1), not {self.warmup_ratio}")
         require(0 < self.eval_fraction < 1, f"eval_fraction must lie in (0, 1), not {self.eval_fraction}")
         require(0 < self.t_min < self.t_max <= 1, f"0 < t_min < t_max <= 1 must hold, not t_min={self.t_min}, t_max={self.t_max}")

@@ -303,6 +303,7 @@ class DiffusionTrainer(Trainer):
         scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
         for group, shape in zip(self.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
             group["initial_lr"], group["lr"] = peak, peak * shape(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         network = self.model.network

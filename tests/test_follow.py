@@ -7,7 +7,7 @@ import time
 import pytest
 
 from a2d_core import checkpoints
-from a2d_core.config import UserError
+from a2d_core.config import StoppedError, UserError
 from a2d_core.follow import Follower
 
 
@@ -105,6 +105,19 @@ def test_complete_checkpoints_are_handed_over_and_outlive_the_trainers_own_clean
         checkpoint(output, 20)
     assert kept == {10: "10", 20: "20"}
     assert not list(output.parent.glob("keep-*"))
+
+
+def test_the_checkpoint_of_a_training_that_was_stopped_is_handed_over(output, log):
+    kept = []
+
+    def train():
+        with follow(output, log, on_checkpoint=lambda step, _: kept.append(step)):
+            checkpoint(output, 3)
+            raise StoppedError("stopped by SIGTERM at step 3")
+
+    with pytest.raises(StoppedError):
+        train()
+    assert kept == [3]
 
 
 def test_an_error_of_a_callback_surfaces_at_the_end_and_stops_nothing_else(output, log, capsys):

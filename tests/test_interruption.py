@@ -6,6 +6,7 @@ The trainings run in forks of one process that has imported everything: `python 
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import resource
@@ -156,6 +157,7 @@ def let_no_file_grow(folder: Path, file: str) -> None:
 def scenarios(folder: Path) -> None:
     """The straight training, and each interrupted one with what goes on from it."""
     torch.set_num_threads(1)
+    gc.freeze()  # each training collects garbage, and would look at all that was imported
     os.fsync = lambda handle: None  # a process that is killed loses nothing that the kernel has
     assert in_fork(lambda: train(folder / "straight")) == 0
 
@@ -344,6 +346,17 @@ def test_a_writer_of_a_library_that_fails_is_told_the_same_way_and_the_training_
     assert_equal_to_the_bit(done / f"full {file}", done / "straight")
     message = next(line for line in (done / "output.txt").read_text().splitlines() if f"full {file}/checkpoint-4'" in line)
     assert "are free at" in message and f"the last good checkpoint is '{done}/full {file}/checkpoint-2'" in message
+
+
+def test_every_librarys_word_for_a_full_disk_is_understood_and_other_errors_pass(tmp_path: Path) -> None:
+    """The first is what the tokenizers' library raises, the second like what torch.distributed.checkpoint does."""
+    target = tmp_path / "checkpoint-1"
+    for error in (Exception("No space left on device (os error 28)"), SystemError("rank 0:\nOSError: [Errno 28] No space left on device")):
+        with pytest.raises(UserError, match=r"cannot write '.*/checkpoint-1' \(.*No space left on device"), checkpoints.told(target):
+            raise error
+    with pytest.raises(RuntimeError, match="Connection closed by peer"), checkpoints.whole(target):
+        raise RuntimeError("Connection closed by peer")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_log_that_cannot_be_written_stops_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
