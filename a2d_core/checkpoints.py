@@ -90,9 +90,10 @@ def damage(checkpoint: Path, *, digests: bool = True) -> str | None:
         return f"{MANIFEST} is damaged"
     for name, size in sizes.items():
         path = checkpoint / name
-        if not path.is_file():
+        try:
+            status = path.stat()
+        except FileNotFoundError:
             return f"{name} is missing"
-        status = path.stat()
         if status.st_size != size:
             return f"{name} has {status.st_size:,} bytes instead of {size:,}"
         if digests and _digest(path, size, status.st_mtime_ns) != expected[name]:

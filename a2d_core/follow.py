@@ -144,9 +144,10 @@ class Follower:
             try:
                 shutil.copytree(found, copy, copy_function=_link)
             except (FileNotFoundError, shutil.Error):
-                if found.exists():
+                if checkpoints.damage(found, digests=False) is None:
                     raise
-                return  # the trainer has deleted it meanwhile, so there is a newer one to come
+            if checkpoints.damage(copy, digests=False):
+                return  # the trainer was deleting it meanwhile, so there is a newer one to come
             self._on_checkpoint(step, copy)
         self._kept = step
 

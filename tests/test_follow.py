@@ -107,6 +107,23 @@ def test_complete_checkpoints_are_handed_over_and_outlive_the_trainers_own_clean
     assert not list(output.parent.glob("keep-*"))
 
 
+def test_a_checkpoint_that_is_deleted_while_it_is_copied_is_not_handed_over(output, log, monkeypatch):
+    kept = []
+    copytree = shutil.copytree
+
+    def late(source, target, **options):
+        (source / "weights").unlink()  # the trainer's clean-up is at it
+        return copytree(source, target, **options)
+
+    checkpoint(output, 10)
+    with monkeypatch.context() as patch, follow(output, log, on_checkpoint=lambda step, _: kept.append(step)):
+        patch.setattr(shutil, "copytree", late)
+        until(lambda: not (output / "checkpoint-10" / "weights").exists())
+        patch.undo()
+        checkpoint(output, 20)
+    assert kept == [20]
+
+
 def test_the_checkpoint_of_a_training_that_was_stopped_is_handed_over(output, log):
     kept = []
 
