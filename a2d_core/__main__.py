@@ -15,6 +15,7 @@ import ast
 import dataclasses
 import json
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -22,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import commands, launch, tracking
-from a2d_core.config import OBJECTIVES, Recipe, UserError, describe
+from a2d_core.config import OBJECTIVES, Recipe, StoppedError, UserError, describe
 from a2d_core.stages import checks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 2 for the user's mistakes, 1 for what else failed and is explained."""
+    """Run one command; return the exit code: 0; 2 for the user's mistakes, 143 after SIGTERM, 1 for what else failed and is explained."""
     args = parser().parse_args(arguments)
     tracking.quiet()
     launch.calm_threads()
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        return 128 + signal.SIGTERM
     except (checks.MemoryFullError, launch.WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -29,6 +29,10 @@ class UserError(ValueError):
     """A mistake that the user can mend: the message names the value that was given and the remedy."""
 
 
+class StoppedError(RuntimeError):
+    """Training was told to stop, and has saved what it had: the message says how to go on."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless the condition holds."""
     if not condition:
@@ -174,6 +178,8 @@ class TrainConfig:
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm where it is larger."""
+    explode_factor: float = 1000.0
+    """Stop where the gradient's norm exceeds both max_grad_norm and the median of the logged norms this many times; 0 never does."""
     adam_beta2: float = 0.999
     """Second-moment decay of AdamW."""
     views: int = 1
@@ -225,6 +231,7 @@ class TrainConfig:
         require(self.max_steps == -1 or self.max_steps >= 1, f"max_steps must be -1 (use epochs) or at least 1, not {self.max_steps}")
         require(self.epochs > 0, f"epochs must be above 0, not {self.epochs}")
         require(self.learning_rate > 0, f"learning_rate must be above 0, not {self.learning_rate}")
+        require(self.explode_factor >= 0, f"explode_factor must be 0 (let every finite norm pass) or above, not {self.explode_factor}")
         require(0 <= self.warmup_ratio < 1, f"warmup_ratio must lie in [0, 1), not {self.warmup_ratio}")
         require(0 < self.eval_fraction < 1, f"eval_fraction must lie in (0, 1), not {self.eval_fraction}")
         require(0 < self.t_min < self.t_max <= 1, f"0 < t_min < t_max <= 1 must hold, not t_min={self.t_min}, t_max={self.t_max}")

@@ -6,7 +6,7 @@ debugger works. Several: one agent (`torch.distributed.run`) starts N workers on
 meet on the loopback interface; each calls the function inside an initialised process group, and
 the result of rank 0 comes back through a file.
 
-What comes back from a failure is the failing rank's own message: a `UserError` as a `UserError`,
+What comes back from a failure is the failing rank's own message: a `UserError` or `StoppedError` as itself,
 anything else as a `WorkerError` with the traceback. SIGTERM and Ctrl-C reach the workers, and
 nothing survives its parent, however that one ends. Nothing heavy is imported in the caller.
 """
@@ -30,10 +30,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from a2d_core.config import UserError, require
+from a2d_core.config import StoppedError, UserError, require
 
 POLL_SECONDS = 0.5  # how often a child looks whether its parent is still there
 STOP_SECONDS = 45  # an agent that was told to stop gives its workers 30 seconds
+
+TOLD = {"UserError": UserError, "StoppedError": StoppedError}
+"""Exceptions that come back from a worker as themselves."""
 
 
 class WorkerError(RuntimeError):
@@ -62,6 +65,7 @@ def run(target: str, kwargs: dict[str, Any], *, processes: int) -> Any:
         code, terminated = _wait(lambda: subprocess.Popen(command, env=environment(processes)))
         if not terminated:
             return _outcome(folder, code)
+        _raise_told([_read(path) for path in folder.glob("error-*.json")])  # what a worker had the time to say
     os.kill(os.getpid(), signal.SIGTERM)  # the workers are gone; now this process answers the signal in its own way
     raise WorkerError(f"training was stopped by SIGTERM on {processes} processes", rank=0, kind="SIGTERM")
 
@@ -141,9 +145,7 @@ def _outcome(folder: Path, code: int) -> Any:
             advice = "; SIGKILL often means that the machine ran out of memory" if how == "SIGKILL" else ""
             raise WorkerError(f"rank {rank} ended without a message ({how}){advice}", rank=int(rank), kind=how)
     if errors:
-        first = min(errors.values(), key=lambda error: error["time"])
-        if first["kind"] == "UserError":
-            raise UserError(first["message"])
+        first = _raise_told(list(errors.values()))
         message = f"rank {first['rank']} failed: {first['kind']}: {first['message']}\n{first['traceback']}"
         raise WorkerError(message, rank=first["rank"], kind=first["kind"])
     if code != 0:
@@ -151,6 +153,14 @@ def _outcome(folder: Path, code: int) -> Any:
             f"the processes did not start, or were stopped from outside (exit code {code}): see the output above", rank=0, kind="Exit"
         )
     return _read(folder / "result.json")
+
+
+def _raise_told(errors: list[dict[str, Any]]) -> Any:
+    """Raise the first error as it was raised, where its message is all that there is to tell; else return it."""
+    first = min(errors, key=lambda error: error["time"], default=None)
+    if first and first["kind"] in TOLD:
+        raise TOLD[first["kind"]](first["message"])
+    return first
 
 
 def _read(path: Path) -> Any:

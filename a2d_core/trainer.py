@@ -16,6 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +27,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from a2d_core import likelihood, noise
-from a2d_core.config import TrainConfig, UserError, require
+from a2d_core import checkpoints, likelihood, noise
+from a2d_core.config import TrainConfig, require
+from a2d_core.guard import Guard
 from a2d_core.models import DiffusionModel, multiplies_bfloat16
 
 EVAL_SEED = 20_503_09573
@@ -65,13 +68,15 @@ def fit(
     if config.gradient_checkpointing:
         model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = DiffusionTrainer(model, config, train_rows, eval_rows, collate, output_dir, stage=stage, seed=seed, fill=fill)
-    if resume_from and _is_complete(Path(resume_from), config):
-        trainer.take_up(Path(resume_from))
-    else:
-        trainer.train(resume_from_checkpoint=resume_from)
+    with trainer.guard.listening():
+        if resume_from and _is_complete(Path(resume_from), config):
+            trainer.take_up(Path(resume_from))
+        else:
+            trainer.train(resume_from_checkpoint=resume_from)
     metrics = trainer.evaluate()
     model.network.to(model.stored_dtype)
-    trainer.save_model(str(output_dir / "checkpoint-final"))
+    with trainer.written_whole(output_dir / "checkpoint-final") as directory:
+        trainer.save_model(str(directory))
     history = trainer.state.log_history
     rates, losses = ([row[name] for row in history if name in row] for name in ("tokens_per_second", "loss"))
     return {
@@ -116,6 +121,7 @@ class DiffusionTrainer(Trainer):
     ) -> None:
         self.diffusion, self.stage, self.noise_seed, self.fill = config, stage, seed, fill
         self.tokens_seen, self.clock = 0, time.perf_counter()
+        self.guard, self.writing = Guard(config, output_dir), output_dir
 
         super().__init__(
             model=model,
@@ -123,7 +129,7 @@ class DiffusionTrainer(Trainer):
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             data_collator=collate,
-            callbacks=[MetricsFile(output_dir)],
+            callbacks=[Progress(self), MetricsFile(output_dir), self.guard],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, once for the whole step
@@ -168,6 +174,17 @@ class DiffusionTrainer(Trainer):
         loss = total / num_items_in_batch * self.accelerator.num_processes
         self.tokens_seen += inputs["tokens"] * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def training_step(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Forward and backward of one micro-batch; its loss is shown to the guard."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.add_loss(self.state.global_step + 1, loss, inputs["row"])
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.add_norm(self.state.global_step + 1, norm)
+        return norm
 
     def noised_layout(self, inputs: Batch) -> Any:
         """Draw t and the masks of a micro-batch, and lay out its forward pass."""
@@ -217,18 +234,38 @@ class DiffusionTrainer(Trainer):
     # --- logs and checkpoints ---
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add speed and memory to a loss, and stop where the loss is no number."""
+        """Add speed and memory to a loss; the mean loss of the whole training is that of all its steps, whenever it was resumed."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise UserError(
-                    f"the loss became {logs['loss']} at step {self.state.global_step}: lower learning_rate={self.diffusion.learning_rate} "
-                    f"or raise warmup_ratio={self.diffusion.warmup_ratio}; the checkpoints before it are kept in {self.args.output_dir}"
-                )
             now = time.perf_counter()
             logs["tokens_per_second"] = self.tokens_seen / (now - self.clock)
             logs["memory_mb"] = _peak_memory_mb()
             self.clock, self.tokens_seen = now, 0
         super().log(logs, start_time)
+
+    def written_whole(self, directory: Path) -> AbstractContextManager[Path]:
+        """`checkpoints.whole` with all processes: the body fills the directory that it gets, which then becomes `directory`."""
+        return checkpoints.whole(directory, is_main=self.is_world_process_zero(), meet=self.accelerator.wait_for_everyone)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        step, output_dir = self.state.global_step, Path(self.args.output_dir)
+        self.guard.check(self.state)
+        self.state.stateful_callbacks["Progress"] = {
+            "losses": self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),
+            "total": self._total_loss_scalar,
+            "logged": self._globalstep_last_logged,
+        }
+        with self.written_whole(output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}") as directory:
+            self.writing = directory.parent
+            super()._save_checkpoint(model, trial)
+        self.writing = output_dir
+        if self.is_world_process_zero():
+            checkpoints.keep_newest(output_dir, self.diffusion.keep_checkpoints, step)
+        self.guard.saved(self.state)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.writing)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -249,6 +286,17 @@ class DiffusionTrainer(Trainer):
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self.callback_handler.on_train_begin(self.args, self.state, self.control)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load them, except for the learning rate, which is this run's own: one that diverged is resumed with a lower one."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        scheduler, peak = self.lr_scheduler, self.args.learning_rate
+        scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
+        for group, shape in zip(self.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = peak, peak * shape(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         network = self.model.network
@@ -280,6 +328,23 @@ class LengthGroups(LengthGroupedSampler):
         return super().__iter__()
 
 
+class Progress(TrainerCallback):
+    """Takes from a checkpoint the loss since the last log, so that a run resumed between two logs logs what a straight one does."""
+
+    def __init__(self, trainer: DiffusionTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Go on with the sums of the checkpoint, where there is one."""
+        saved = state.stateful_callbacks.get("Progress")
+        if saved is None or not self.trainer.is_in_train:  # afresh, or from a checkpoint of a complete training
+            return
+        losses = saved["losses"]
+        own = losses[args.process_index] if len(losses) == args.world_size else sum(losses) / len(losses)
+        self.trainer._tr_loss += own
+        self.trainer._total_loss_scalar, self.trainer._globalstep_last_logged = saved["total"], saved["logged"]
+
+
 class MetricsFile(TrainerCallback):
     """Appends every logged row to `metrics.jsonl`, and prints it where there is no terminal for a progress bar.
 
@@ -293,13 +358,14 @@ class MetricsFile(TrainerCallback):
         """Write what a checkpoint remembers."""
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in state.log_history))
+            with checkpoints.told(self.path):
+                self.path.write_text("".join(json.dumps(row) + "\n" for row in state.log_history))
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Write the newest row."""
         if not state.is_world_process_zero:
             return
-        with self.path.open("a") as file:
+        with checkpoints.told(self.path), self.path.open("a") as file:
             file.write(json.dumps({**state.log_history[-1], "max_steps": state.max_steps}) + "\n")
         is_milestone = "loss" not in (logs or {}) or state.global_step % max(1, state.max_steps // 20) < args.logging_steps
         if args.disable_tqdm and is_milestone:
@@ -342,7 +408,6 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
         eval_steps=interval(config.eval_every),
         save_strategy="steps",
         save_steps=interval(config.save_every),
-        save_total_limit=config.keep_checkpoints,
         report_to="none",
         remove_unused_columns=False,
         label_names=[],

@@ -21,7 +21,7 @@ from metaflow.exception import MetaflowException
 
 import a2d_core
 from a2d_core import presets
-from a2d_core.config import ComputeConfig, Recipe, StepCompute, UserError, build, require
+from a2d_core.config import ComputeConfig, Recipe, StepCompute, StoppedError, UserError, build, require
 from a2d_core.stages.checks import MemoryFullError
 
 PROFILES = {"convert": "convert", "pretrain": "train", "sft": "train", "sample": "generate", "evaluate": "generate"}
@@ -36,10 +36,10 @@ class Refusal(MetaflowException):
 
 @contextmanager
 def told_plainly() -> Iterator[None]:
-    """Turn a `UserError` of the body, or its word that the memory is full, into a `Refusal`."""
+    """Turn a `UserError` of the body, or its word that the memory is full or that it was stopped, into a `Refusal`."""
     try:
         yield
-    except (UserError, MemoryFullError) as error:
+    except (UserError, MemoryFullError, StoppedError) as error:
         raise Refusal(str(error)) from None
 
 

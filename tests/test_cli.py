@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import sys
 
 import pytest
@@ -230,6 +231,22 @@ def test_an_interrupted_training_is_resumed(run, trained, tmp_path):
         (tmp_path / "out" / name).rename(tmp_path / name)
     assert run(*sft, "--resume")[0] == 0
     final = [(folder / "checkpoint-final" / "model.safetensors").read_bytes() for folder in (tmp_path, tmp_path / "out")]
+    assert final[0] == final[1]
+
+
+def test_a_training_that_sigterm_stopped_is_resumed(run, trained, tmp_path, monkeypatch):
+    from a2d_core import trainer
+
+    sft = ("sft", "--preset", "smoke", "--model", trained / "c", "--output-dir")
+    assert run(*sft, tmp_path / "straight")[0] == 0
+    step = trainer.DiffusionTrainer.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.DiffusionTrainer, "training_step", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), step(*args))[1])
+        code, _, told = run(*sft, tmp_path / "out")
+    assert code == 143
+    assert f"stopped by SIGTERM at step 1 of 4, with nothing lost: the last good checkpoint is '{tmp_path}/out/checkpoint-1'" in told
+    assert run(*sft, tmp_path / "out", "--resume")[0] == 0
+    final = [(tmp_path / name / "checkpoint-final" / "model.safetensors").read_bytes() for name in ("straight", "out")]
     assert final[0] == final[1]
 
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from a2d_core import launch
+from a2d_core import checkpoints, launch
 from a2d_core.config import TrainConfig, build, to_dict
 from a2d_core.stages import checks
 
@@ -15,6 +15,8 @@ def run(
     stage: str, config: TrainConfig, model_dir: str | Path, output_dir: str | Path, *, seed: int, processes: int, resume_from: str | None
 ) -> dict[str, Any]:
     """Train in each of `processes` processes on the rows that the stage's module prepares; return what the first one returns."""
+    if resume_from:
+        checkpoints.check(Path(resume_from))
     checks.room_for_checkpoints(config, model_dir, output_dir)
     call = {
         "stage": stage,
