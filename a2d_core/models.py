@@ -155,8 +155,21 @@ class DiffusionModel(nn.Module):
         """Whether LoRA adapters are in the network, beside its frozen weights."""
         return hasattr(self.network, "peft_config")
 
+    def checkpoint_activations(self, *, are_compiled: bool = False) -> None:
+        """Keep only the input of each layer for the backward pass, which computes the rest again, with the same attention kernel.
+
+        `are_compiled`: the layers will be; then the kernel is the compiled code's own, and no context can be given.
+        """
+
+        def kernels() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return nullcontext(), attention_kernel(self.device)
+
+        options = {"use_reentrant": False} if are_compiled else {"use_reentrant": False, "context_fn": kernels}
+        enable = getattr(self.network, "activation_checkpointing_enable", self.network.gradient_checkpointing_enable)  # the older name
+        enable(options)
+
     def compile_layers(self) -> None:
-        """Compile each layer in place: names of weights stay, and layers of one class share their code.
+        """Compile each layer in place: names of weights stay, layers of one class share their code, and so do rows of any length.
 
         Raises `UserError` where there is no C++ compiler, which torch.compile needs on a CPU and on a GPU.
         """
@@ -167,7 +180,7 @@ class DiffusionModel(nn.Module):
         kinds = set(self.network._no_split_modules or ())
         for layer in self.network.modules():
             if type(layer).__name__ in kinds:
-                layer.compile()
+                layer.compile(dynamic=True)
 
     def _output_embedding(self, with_mask_token: bool = False) -> tuple[Tensor, Tensor | None]:
         """Weight [V, H] and bias [V] of the output embedding; of a frozen one, with the mask token's trained row only if asked for."""

@@ -63,7 +63,7 @@ def fit(
     if config.lora_rank:
         lora.attach(model.network, config, model.spec.mask_token_id, in_bfloat16=computes_in_bfloat16(config), seed=seed)
     if config.gradient_checkpointing:
-        model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.checkpoint_activations(are_compiled=config.compile)
     if config.compile:
         model.compile_layers()
     trainer = DiffusionTrainer(model, config, train_rows, eval_rows, collate, output_dir, stage=stage, seed=seed, fill=fill)
