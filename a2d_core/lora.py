@@ -20,14 +20,9 @@ from transformers import PreTrainedModel
 
 from a2d_core.config import TrainConfig, UserError, require
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Stands before every name in peft's files."""
-
-
-def is_adapter(directory: str | Path) -> bool:
-    """Whether a directory holds an adapter rather than a model."""
-    return (Path(directory) / CONFIG).is_file()
 
 
 def base_of(directory: str | Path) -> str:
@@ -57,7 +52,7 @@ def attach(network: PreTrainedModel, config: TrainConfig, mask_token_id: int, *,
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             _inject(network, adapters)
-    except ValueError as error:
+    except peft.NoMatchingPeftModuleError as error:
         raise UserError(
             f"{type(network).__name__} has no layer for LoRA adapters (lora_targets={list(config.lora_targets)}): name linear layers, such "
             f"as {', '.join(_linear_layers(network))}, or train all weights with lora_rank=0"

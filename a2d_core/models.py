@@ -143,7 +143,7 @@ class DiffusionModel(nn.Module):
         spec = dataclasses.replace(self.spec, chain=(*self.spec.chain, stage)) if stage else self.spec
         self.network.config.a2d = dataclasses.asdict(spec)
         if self.has_adapters:
-            from a2d_core import lora
+            from a2d_core import lora  # peft takes its time to import
 
             lora.save(self.network, directory, state_dict)
         else:
@@ -228,30 +228,32 @@ def load(
     Raises `UserError` where there is none, or where it is a plain autoregressive one.
     """
     if (Path(path) / "adapter_config.json").is_file():
-        from a2d_core import lora
-
-        base = base or lora.base_of(path)
-        require(
-            Path(base).is_dir() or not Path(base).is_absolute(),
-            f"the adapters in '{path}' were trained on '{base}', which is not there: say where it is now with "
-            f"python -m a2d_core merge --model {path} --base DIR --output-dir DIR",
-        )
-        model = load(base, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        spec = _read_spec(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), path)
-        require(
-            spec.chain[:-1] == model.spec.chain,
-            f"the adapters in '{path}' were not trained on '{base}': its history of stages is another. Give the right model with --base",
-        )
-        lora.merge(model.network, path)
-        model.network.name_or_path, model.spec = str(path), spec
-        return model
+        return _load_adapters(path, base, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     network, tokenizer = _load_network(str(path), dtype or "auto", trust_remote_code=trust_remote_code)
-    model = (
-        DiffusionModel(network, tokenizer, _read_spec(network.config, path))
-        .to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        .eval()
-    )
+    spec = _read_spec(network.config, path)
+    model = DiffusionModel(network, tokenizer, spec).to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     model.stored_dtype = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).dtype or network.dtype
+    return model
+
+
+def _load_adapters(path: str | Path, base: str | Path | None, *, trust_remote_code: bool, **options: Any) -> DiffusionModel:
+    """The model that the LoRA adapters at `path` were trained on, with them merged into its weights."""
+    from a2d_core import lora  # peft takes its time to import
+
+    base = base or lora.base_of(path)
+    require(
+        Path(base).is_dir() or not Path(base).is_absolute(),
+        f"the adapters in '{path}' were trained on '{base}', which is not there: say where it is now with "
+        f"python -m a2d_core merge --model {path} --base DIR --output-dir DIR",
+    )
+    model = load(base, trust_remote_code=trust_remote_code, **options)
+    spec = _read_spec(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), path)
+    require(
+        spec.chain[:-1] == model.spec.chain,
+        f"the adapters in '{path}' were not trained on '{base}': its history of stages is another. Give the right model with --base",
+    )
+    lora.merge(model.network, path)
+    model.network.name_or_path, model.spec = str(path), spec
     return model
 
 
