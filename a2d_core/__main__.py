@@ -93,6 +93,14 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--baseline", metavar="DIR", help="score this checkpoint too, for comparison: the converted one, say")
     evaluate.add_argument("--source", metavar="DIR", help="the autoregressive model, for its own loss on the same text")
 
+    merge = group.add_parser(
+        "merge", help="merge LoRA adapters into their model", description="Merge LoRA adapters into the model they were trained on."
+    )
+    merge.add_argument("--model", required=True, metavar="DIR", help="adapters: OUTPUT_DIR/adapter of a training, or its checkpoint-N")
+    merge.add_argument("--base", metavar="DIR", help="where the model that they were trained on is now, if it was moved")
+    _output(merge)
+    merge.set_defaults(run=commands.merge)
+
     plan = group.add_parser(
         "plan", help="print a resolved recipe as JSON, and run nothing", description="Print a resolved recipe, and run nothing."
     )
@@ -115,8 +123,7 @@ def _command(group: Any, name: str, what: str, run: Any, writes: bool = True) ->
     command.set_defaults(run=run, command=name, mlflow=None, resume=False, overwrite=False)
     _recipe_options(command, "field=value")
     if writes:
-        command.add_argument("--output-dir", required=True, metavar="DIR", help="where the result goes: a new or empty directory")
-        command.add_argument("--overwrite", action="store_true", help="replace the earlier output in --output-dir")
+        _output(command)
         command.add_argument(
             "--mlflow", nargs="?", const="", metavar="URI", help="track in MLflow (without URI: MLFLOW_TRACKING_URI, or ./mlflow.db)"
         )
@@ -131,6 +138,11 @@ def _recipe_options(command: argparse.ArgumentParser, grammar: str) -> None:
         "--set", action="append", default=[], metavar=grammar.upper(), dest="overrides", help=f"change a field: {grammar}; repeat at will"
     )
     command.add_argument("--seed", type=int, help="seed of everything random (default: the preset's, or 0)")
+
+
+def _output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output-dir", required=True, metavar="DIR", help="where the result goes: a new or empty directory")
+    command.add_argument("--overwrite", action="store_true", help="replace the earlier output in --output-dir")
 
 
 def _model(command: argparse.ArgumentParser) -> None:

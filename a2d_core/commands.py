@@ -111,6 +111,18 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"\nall of it is in {output_dir}/results.json")
 
 
+def merge(args: argparse.Namespace) -> None:
+    """Merge LoRA adapters into the model that they were trained on."""
+    require((Path(args.model) / "adapter_config.json").is_file(), f"'{args.model}' holds no LoRA adapters: there is nothing to merge")
+    from a2d_core import models
+
+    model = models.load(args.model, base=args.base, device="cpu")
+    inputs = (args.model, *filter(None, [args.base]))
+    output_dir = checks.output_directory(args.output_dir, overwrite=args.overwrite, inputs=inputs)
+    model.save(output_dir)
+    print(f"the checkpoint is {output_dir}: try it with  python -m a2d_core chat --model {output_dir}")
+
+
 def plan(args: argparse.Namespace) -> None:
     """Print a resolved recipe, which `--preset FILE.json` reads back."""
     recipe = to_dict(presets.resolve(presets.read(args.preset), args.objective, args.overrides, args.seed))

@@ -204,6 +204,14 @@ class TrainConfig:
     """Attention kernels; `auto` is FlexAttention on CUDA, which skips what nobody sees, and else the model's own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the network's layers with torch.compile, which takes a minute at first; it needs a C++ compiler."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on the linear layers, with all else frozen but the mask token's embedding; 0 trains all weights."""
+    lora_alpha: float = 32.0
+    """The adapters' output is scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the linear layers that get adapters, such as q_proj; empty: all of them but the output embedding."""
     eval_every: float = 0.1
     """Evaluate after this fraction of the steps (1 or more: after so many steps)."""
     save_every: float = 0.1
@@ -240,7 +248,9 @@ class TrainConfig:
             f"complementary=true pairs the times t and 1 - t: it needs an even number of views, not {self.views}, "
             f"schedule=linear, not {self.schedule}, and t_max=1, not {self.t_max}",
         )
-        for name in ("eval_every", "save_every"):
+        require(self.lora_rank >= 0, f"lora_rank must be 0 (train all weights) or more, not {self.lora_rank}")
+        require(self.lora_rank > 0 or not self.lora_targets, "lora_targets needs LoRA adapters: set lora_rank to 16, say")
+        for name in ("eval_every", "save_every", "lora_alpha"):
             require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
         require(
             (self.prompt_field is None) == (self.response_field is None),

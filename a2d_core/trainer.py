@@ -32,7 +32,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from a2d_core import checkpoints, likelihood, noise
 from a2d_core.config import TrainConfig, require
 from a2d_core.guard import Guard
-from a2d_core.models import DiffusionModel, multiplies_bfloat16
+from a2d_core.models import DiffusionModel, load, multiplies_bfloat16
 
 EVAL_SEED = 20_503_09573
 """Seed of the evaluation noise: the same for every checkpoint, so that their scores can be compared."""
@@ -65,8 +65,14 @@ def fit(
     output_dir = Path(output_dir)
     check_fits(model, config)
     model.set_attention(config.attention)
+    if config.lora_rank:
+        from a2d_core import lora  # peft is needed for this alone
+
+        lora.attach(model.network, config, model.spec.mask_token_id, in_bfloat16=computes_in_bfloat16(config), seed=seed)
     if config.gradient_checkpointing:
-        model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.checkpoint_activations(are_compiled=config.compile)
+    if config.compile:
+        model.compile_layers()
     trainer = DiffusionTrainer(model, config, train_rows, eval_rows, collate, output_dir, stage=stage, seed=seed, fill=fill)
     with trainer.guard.listening():
         if resume_from and _is_complete(Path(resume_from), config):
@@ -74,9 +80,7 @@ def fit(
         else:
             trainer.train(resume_from_checkpoint=resume_from)
     metrics = trainer.evaluate()
-    model.network.to(model.stored_dtype)
-    with trainer.written_whole(output_dir / "checkpoint-final") as directory:
-        trainer.save_model(str(directory))
+    trainer.save_final(output_dir)
     history = trainer.state.log_history
     rates, losses = ([row[name] for row in history if name in row] for name in ("tokens_per_second", "loss"))
     return {
@@ -281,6 +285,19 @@ class DiffusionTrainer(Trainer):
         }
         self.model.save(directory, stage=record, state_dict=state_dict)
 
+    def save_final(self, output_dir: Path) -> None:
+        """Write `checkpoint-final` in the precision of the model that was trained; of LoRA, `adapter` and the two merged."""
+        if not self.model.has_adapters:
+            self.model.network.to(self.model.stored_dtype)
+            with self.written_whole(output_dir / "checkpoint-final") as directory:
+                self.save_model(str(directory))
+            return
+        with self.written_whole(output_dir / "adapter") as directory:
+            self.save_model(str(directory))
+        with self.written_whole(output_dir / "checkpoint-final") as directory:
+            if self.args.should_save:  # from disk, so that it is exact: in float32 once, whatever precision was trained in
+                load(output_dir / "adapter", device="cpu").save(directory)
+
     def take_up(self, checkpoint: Path) -> None:
         """Load the weights and the history of a checkpoint at which training was complete."""
         self._load_from_checkpoint(str(checkpoint))
@@ -300,6 +317,11 @@ class DiffusionTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         network = self.model.network
+        if self.model.has_adapters:
+            from a2d_core import lora
+
+            lora.restore(network, resume_from_checkpoint)
+            return
         state = {}
         for file in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
             state.update(safetensors.torch.load_file(file))
@@ -398,7 +420,7 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
         max_grad_norm=config.max_grad_norm,
         adam_beta2=config.adam_beta2,
         optim="adamw_torch_fused",
-        bf16=config.precision == "bfloat16" or (config.precision == "auto" and multiplies_bfloat16()),
+        bf16=computes_in_bfloat16(config),
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
         data_seed=seed,
@@ -419,6 +441,11 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
     if arguments.device.type == "cuda":
         arguments._n_gpu = 1  # one process has one GPU: Trainer would wrap several visible ones in DataParallel
     return arguments
+
+
+def computes_in_bfloat16(config: TrainConfig) -> bool:
+    """Whether training under `config` multiplies in bfloat16 on this machine."""
+    return config.precision == "bfloat16" or (config.precision == "auto" and multiplies_bfloat16())
 
 
 def corrupt(

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["config", "noise", "loss"],
     ["attention", "objectives", "store", "launch", "presets", "checkpoints", "follow"],
-    ["models", "embedded", "data", "tracking", "tasks"],
+    ["lora", "models", "embedded", "data", "tracking", "tasks"],
     ["likelihood", "sampling"],
     ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat"],
     ["stages"],
@@ -36,7 +36,7 @@ NUMERIC_CORE = [
     "chat",
 ]
 QUICK = ["config", "presets", "launch", "store", "checkpoints", "follow", "tracking", "stages.checks", "commands", "__main__"]
-PIPELINE = {"metaflow", "mlflow", "datasets", "lm_eval"}
+PIPELINE = {"peft", "metaflow", "mlflow", "datasets", "lm_eval"}
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "pandas"} | PIPELINE
 
 

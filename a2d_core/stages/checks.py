@@ -67,8 +67,9 @@ def read_spec(model_dir: str | Path) -> dict[str, Any] | None:
 def room_for_checkpoints(config: TrainConfig, model_dir: str | Path, output_dir: str | Path) -> None:
     """Raise `UserError` where the disk of `output_dir` has no room for the checkpoints that the training will keep."""
     count = parameters(model_dir)
+    trained = parameters(model_dir, config.lora_rank) if config.lora_rank else count
     most = config.keep_checkpoints + 1  # one goes when the next is whole
-    needed = count * (STATE_BYTES_PER_PARAMETER * most + FINAL_BYTES_PER_PARAMETER)
+    needed = trained * STATE_BYTES_PER_PARAMETER * most + count * FINAL_BYTES_PER_PARAMETER
     there = next(folder for folder in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     require(
@@ -79,13 +80,17 @@ def room_for_checkpoints(config: TrainConfig, model_dir: str | Path, output_dir:
     )
 
 
-def parameters(model_dir: str | Path) -> int:
-    """Parameters of a checkpoint directory, counted in the headers of its safetensors files; 0 where there are none."""
+def parameters(model_dir: str | Path, lora_rank: int | None = None) -> int:
+    """Parameters of a checkpoint directory, counted in the headers of its safetensors files; 0 where there are none.
+
+    With `lora_rank`: at most those of adapters of that rank on every matrix.
+    """
     count = 0
     for path in Path(model_dir).glob("*.safetensors"):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+        count += sum(math.prod(s) if lora_rank is None else math.prod(s[:-2]) * lora_rank * sum(s[-2:]) for s in shapes)
     return count
 
 

@@ -38,7 +38,7 @@ def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, se
     from a2d_core import data, models, trainer
 
     config = build(TrainConfig, values, stage)
-    model = models.load(model_dir, dtype=torch.float32)
+    model = models.load(model_dir, dtype=None if config.lora_rank else torch.float32)  # frozen weights may stay as they are
     trainer.check_fits(model, config)
     with PartialState().main_process_first():  # the others find what the first has cached
         train_rows, eval_rows, fill, facts = import_module(f"a2d_core.stages.{stage}").prepare(config, model, seed)
