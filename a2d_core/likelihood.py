@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from a2d_core.models import DiffusionModel
 from a2d_core.noise import draw_fixed_count_mask
-from a2d_core.objectives import Layout
 
 VIEWS_PER_PASS = 4
 """Noised views scored in one forward pass."""
@@ -42,13 +40,11 @@ def nelbo(
     samples: int,
     seed: int,
     rows_B: Tensor | None = None,
-    forward: Callable[[Layout], tuple[Tensor, Tensor]] | None = None,
 ) -> Estimate:
     """Monte Carlo estimate of the NELBO over the full range of t, of the tokens whose label is not -100 given all others.
 
     Each sample masks n of a block's M scored tokens, n uniform on 1..M, and weights by M / n. The noise of a
     row depends on `seed` and its number in `rows_B` (default: its place) alone: not on batch size or order.
-    `forward` is called in place of the model where that is wrapped for distributed evaluation.
     Source: MDLM (arXiv 2406.07524, eq. 10); the count form: MDM as any-order autoregression (arXiv 2410.14157).
     """
     objective = model.objective
@@ -61,7 +57,7 @@ def nelbo(
     for start in range(0, samples, VIEWS_PER_PASS):
         views = slice(start, start + VIEWS_PER_PASS)
         layout = objective.layout(input_ids_BL, valid_BL, is_masked_KBL[views], weight_KBL[views], noised_blocks)
-        nats_KBL[views].view(-1).index_add_(0, layout.token_M, (forward or model)(layout)[1] * layout.weight_M)
+        nats_KBL[views].view(-1).index_add_(0, layout.token_M, model(layout)[1] * layout.weight_M)
     nats_KB = nats_KBL.sum(-1)
     spread_B = nats_KB.std(0) if samples > 1 else torch.full_like(nats_KB[0], torch.nan)
     return Estimate(nats_KB.mean(0), nats_KBL.mean(0), spread_B / samples**0.5, is_maskable_BL.sum(1))

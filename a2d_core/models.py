@@ -65,6 +65,7 @@ class DiffusionModel(nn.Module):
         self.objective = spec.to_objective()
         self.stored_dtype = network.dtype
         """Precision of the checkpoint on disk, which training in float32 returns to."""
+        self._no_split_modules = network._no_split_modules  # the layers, by which FSDP shares out the weights
 
     @property
     def device(self) -> torch.device:

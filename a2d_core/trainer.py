@@ -12,18 +12,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from accelerate import DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin, save_fsdp_optimizer
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 
 from a2d_core import likelihood, noise
@@ -131,6 +137,24 @@ class DiffusionTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, once for the whole step
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, for FSDP with float32 weights and gradients, and on a CPU too.
+
+        accelerate would gather and reduce in bfloat16 where that is the precision, and round the loss and its weights to it:
+        autocast does it as under DDP. And on a CPU it leaves the FSDP configuration out, which torch has no need for.
+        """
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type == DistributedType.MULTI_CPU:
+            state.fsdp_plugin, self.is_fsdp_enabled = FullyShardedDataParallelPlugin(), True
+            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if self.is_fsdp_enabled:
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        """The autocast that accelerate puts around the forward of other models."""
+        return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager(cache_enabled)
+
     # --- one optimizer step ---
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> tuple[list[Batch], Tensor]:
@@ -203,7 +227,7 @@ class DiffusionTrainer(Trainer):
             with self.compute_loss_context_manager():
                 estimate = likelihood.nelbo(
                     self.model, batch["input_ids"], batch["labels"], batch["valid"],
-                    samples=2, seed=EVAL_SEED, rows_B=batch["row"], forward=self.model_wrapped if self.is_fsdp_enabled else None,
+                    samples=2, seed=EVAL_SEED, rows_B=batch["row"],
                 )  # fmt: skip
             is_answer_BL = ~_is_fill(batch["labels"], self.model.eos_token_id)
             scored_BL = self.model.objective.maskable(batch["labels"]) & batch["valid"]
@@ -237,6 +261,26 @@ class DiffusionTrainer(Trainer):
             self.clock, self.tokens_seen = now, 0
         super().log(logs, start_time)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a checkpoint directory, with whole weights where they are shared out."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # not the weights, which Trainer would write once more
+        save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # trainer_state.json, by which a checkpoint is known to be whole, comes after all of them
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
@@ -258,11 +302,11 @@ class DiffusionTrainer(Trainer):
         self.callback_handler.on_train_begin(self.args, self.state, self.control)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        network = self.model.network
         state = {}
         for file in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
             state.update(safetensors.torch.load_file(file))
-        loaded = network.load_state_dict(state, strict=False)
+        network = self.model.network
+        loaded = set_model_state_dict(network, state, options=StateDictOptions(full_state_dict=True, strict=False))
         tied = set(network.all_tied_weights_keys)
         require(
             not loaded.unexpected_keys and set(loaded.missing_keys) <= tied,
