@@ -74,7 +74,7 @@ def fit(
     else:
         trainer.train(resume_from_checkpoint=resume_from)
     metrics = trainer.evaluate()
-    model.network.to(model.stored_dtype)
+    model.to(model.stored_dtype)
     trainer.save_model(str(output_dir / "checkpoint-final"))
     history = trainer.state.log_history
     rates, losses = ([row[name] for row in history if name in row] for name in ("tokens_per_second", "loss"))
