@@ -319,9 +319,10 @@ def _call(folder: Path, call: dict[str, Any]) -> None:
 
     gpus, processes = torch.cuda.device_count(), call["processes"]
     require(gpus == 0 or gpus >= processes, f"{processes} processes need a GPU each, and {gpus} are visible: ask for {gpus} processes")
-    if gpus == 0:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # without it accelerate, and so the Trainer, makes N lone processes on a CPU
-    PartialState(cpu=gpus == 0)
+    by_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if gpus == 0:  # without a word from us accelerate, and so the Trainer, makes N lone processes on a CPU
+        os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"} if by_deepspeed else {"ACCELERATE_USE_CPU": "true"}
+    PartialState(cpu=gpus == 0 and not by_deepspeed, backend="gloo" if gpus == 0 else None)
     _compare_with_node_0(call)
     result = _find(call["target"])(**call["kwargs"])
     state, world = PartialState(), processes * call["nodes"]["count"]  # what the function's own accelerate objects made of it

@@ -353,6 +353,7 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
     def interval(every: float) -> float | int:
         return every if every < 1 else int(every)
 
+    by_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # which accelerate leaves out where it is told to use a CPU
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         num_train_epochs=config.epochs,
@@ -368,7 +369,8 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
         adam_beta2=config.adam_beta2,
         optim="adamw_torch_fused",
         bf16=config.precision == "bfloat16" or (config.precision == "auto" and multiplies_bfloat16()),
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available() and not by_deepspeed,
+        ddp_backend="gloo" if by_deepspeed and not torch.cuda.is_available() else None,
         seed=seed,
         data_seed=seed,
         logging_steps=config.log_every,
