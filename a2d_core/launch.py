@@ -32,6 +32,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -270,11 +271,11 @@ def _worker(folder: Path, parent: int) -> None:
     _die_with(parent, lambda: os._exit(1))
     rank = int(os.environ["RANK"])
     call = _read(folder / "call.json")
-    first_failure = _share_failures(folder, rank) if call["nodes"]["count"] > 1 else lambda told: told
+    fail = _share_failures(folder, rank) if call["nodes"]["count"] > 1 else partial(_fail, folder, rank)
     try:
         _call(folder, call)
     except Exception as error:
-        _fail(folder, rank, first_failure(_told(error, rank)))
+        fail(_told(error, rank))
 
 
 def _told(error: Exception, rank: int) -> dict[str, Any]:
@@ -290,8 +291,8 @@ def _fail(folder: Path, rank: int, told: dict[str, Any]) -> None:
     os._exit(1)  # at once: a normal exit would wait for peers that wait for this one
 
 
-def _share_failures(folder: Path, rank: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """End this worker with the message of the first one that fails on any node; returns what tells the others of this one's failure.
+def _share_failures(folder: Path, rank: int) -> Callable[[dict[str, Any]], None]:
+    """End this worker with the message of the first one that fails on any node; returns what ends it with its own, or that one's.
 
     Without it a node would wait for another that has failed until the time limit of a collective operation.
     """
@@ -306,10 +307,14 @@ def _share_failures(folder: Path, rank: int) -> Callable[[dict[str, Any]], dict[
             told = json.loads(store.get(FAILURE))
         except DistError as error:
             told = _told(error, rank) | {"kind": "NodeLost", "message": "node 0 has ended: its own output says why"}
+        stay(told)
+
+    def stay(told: dict[str, Any]) -> None:
+        time.sleep(2 * POLL_SECONDS)  # node 0's agent, and the store with it, ends with its workers: until then all have heard
         _fail(folder, rank, told)
 
     threading.Thread(target=listen, name="listen-to-nodes", daemon=True).start()
-    return lambda told: json.loads(store.compare_set(FAILURE, "", json.dumps(told)))
+    return lambda told: stay(json.loads(store.compare_set(FAILURE, "", json.dumps(told))))
 
 
 def _call(folder: Path, call: dict[str, Any]) -> None:

@@ -262,11 +262,8 @@ class DiffusionTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a checkpoint directory, with whole weights where they are shared out."""
-        if self.is_fsdp_enabled:
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
-        else:
-            super().save_model(output_dir, _internal_call)
+        """Write a checkpoint directory, with whole weights where FSDP shares them out (DDP and ZeRO-2 do not)."""
+        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -297,6 +294,7 @@ class DiffusionTrainer(Trainer):
 
     def take_up(self, checkpoint: Path) -> None:
         """Load the weights and the history of a checkpoint at which training was complete."""
+        self.model.to(self.args.device)  # where it would be shared out, it is still on the CPU
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self.callback_handler.on_train_begin(self.args, self.state, self.control)

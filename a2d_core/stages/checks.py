@@ -87,11 +87,11 @@ def parameters(model_dir: str | Path) -> int:
     return count
 
 
-def newest_checkpoint(output_dir: str | Path) -> str:
-    """The newest complete `checkpoint-N` of an interrupted training; raises `UserError` where there is none."""
+def newest_checkpoint(output_dir: str | Path, *, required: bool = True) -> str | None:
+    """The newest complete `checkpoint-N` of an interrupted training; where there is none, None, or `UserError` if it is required."""
     found = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdecimal()]
-    require(bool(found), f"'{output_dir}' holds no checkpoint to resume from: start without --resume")
-    return str(max(found, key=lambda path: int(path.name[11:])))
+    require(bool(found) or not required, f"'{output_dir}' holds no checkpoint to resume from: start without --resume")
+    return str(max(found, key=lambda path: int(path.name[11:]))) if found else None
 
 
 @contextmanager

@@ -37,7 +37,6 @@ def environment(path: Path, processes: int, nodes: int = 1) -> dict[str, str]:
         f"'{path}' is for {config.num_processes} processes on {config.num_machines} nodes, and {processes} on {nodes} were asked for: "
         "leave num_processes and num_machines out of it",
     )
-    require(kind != "DEEPSPEED" or find_spec("deepspeed") is not None, f"'{path}' needs DeepSpeed: pip install deepspeed")
     options = {"config_file": path, "num_processes": processes, "num_machines": nodes, "main_process_ip": "here", "main_process_port": 0}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args([*words, "a2d_core"]))
@@ -62,6 +61,10 @@ def _load(path: Path) -> Any:
         str(config.mixed_precision) in ("no", "None") and not config.use_cpu,
         f"'{path}': leave out mixed_precision: {config.mixed_precision} and use_cpu: {config.use_cpu}; the stage's field precision counts",
     )
+    if kind == "DEEPSPEED":
+        stage = config.deepspeed_config.get("zero_stage")
+        require(stage in (1, 2), f"'{path}': deepspeed_config.zero_stage must be 1 or 2, not {stage}: fsdp2 shares out the weights, too")
+        require(find_spec("deepspeed") is not None, f"'{path}' needs DeepSpeed: pip install 'a2d-core[deepspeed]', or take fsdp2")
     fsdp = {name.removeprefix("fsdp_"): value for name, value in config.fsdp_config.items()}
     require(
         kind != "FSDP" or (str(fsdp.get("version")) == "2" and fsdp.get("cpu_ram_efficient_loading") is False),
