@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from a2d_core import launch, presets, tracking
+from a2d_core import launch, presets, strategies, tracking
 from a2d_core.config import STAGES, Recipe, TrackingConfig, UserError, build, parse_override, require, to_dict
 from a2d_core.follow import Follower
 from a2d_core.stages import checks
@@ -49,6 +49,8 @@ def train(args: argparse.Namespace) -> None:
     stage = args.command
     recipe = _resolve_for_model(args, [_option(f"{stage}.dataset", args.dataset)])
     config, compute = getattr(recipe, stage), recipe.compute.train
+    strategy = args.strategy or compute.strategy
+    strategies.file(strategy)
     nodes = launch.Nodes(args.nodes, args.node_rank, args.main_address)
     is_main = nodes.rank == 0  # it alone writes and tracks; the others hear from it where they see other checkpoints than it does
     resume_from = checks.newest_checkpoint(args.output_dir, required=is_main) if args.resume else None
@@ -62,7 +64,7 @@ def train(args: argparse.Namespace) -> None:
             output_dir,
             seed=recipe.seed,
             processes=compute.processes if args.processes is None else args.processes,
-            strategy=args.strategy or compute.strategy,
+            strategy=strategy,
             nodes=nodes,
             resume_from=resume_from,
         )

@@ -283,7 +283,8 @@ class DiffusionTrainer(Trainer):
             return
         directory = Path(output_dir or self.args.output_dir)
         if state_dict is not None:
-            state_dict = {name.removeprefix("network."): value for name, value in state_dict.items()}
+            tied = {f"network.{name}" for name in self.model.network.all_tied_weights_keys}  # gathered, they share no memory any more
+            state_dict = {name.removeprefix("network."): value for name, value in state_dict.items() if name not in tied}
         record = {
             "stage": self.stage,
             "step": self.state.global_step,

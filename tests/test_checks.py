@@ -40,6 +40,9 @@ def test_the_newest_checkpoint_is_a_complete_one(tmp_path):
         if is_complete:
             (tmp_path / name / "trainer_state.json").write_text("{}")
     assert checks.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert checks.newest_checkpoint(tmp_path / "checkpoint-9", required=False) is None
+    with pytest.raises(UserError, match="holds no checkpoint to resume from: start without --resume"):
+        checks.newest_checkpoint(tmp_path / "checkpoint-9")
 
 
 @pytest.mark.parametrize(

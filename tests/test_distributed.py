@@ -19,7 +19,7 @@ import pytest
 
 from a2d_core import embedded, models
 from a2d_core.config import ConvertConfig, TrainConfig
-from a2d_core.stages import convert, pretrain, sft
+from a2d_core.stages import checks, convert, pretrain, sft
 
 CONFIG = TrainConfig(
     max_length=64, max_steps=4, batch_size=4, gradient_accumulation_steps=2, precision="float32", eval_every=2, save_every=2, log_every=1,
@@ -61,6 +61,7 @@ def weight_difference(a: Path, b: Path, checkpoint: str = "checkpoint-final") ->
     """The largest difference of a weight; both must be normal directories with the same weights, in the same precision."""
     one, other = (models.load(path / checkpoint).network for path in (a, b))
     assert one.dtype == other.dtype
+    assert checks.parameters(a / checkpoint) == checks.parameters(b / checkpoint)  # and none twice
     weights = one.state_dict(), other.state_dict()
     return max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
 
