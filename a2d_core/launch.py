@@ -248,6 +248,8 @@ def _agent(folder: Path, parent: int) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         sys.exit(128 + error.sigval)
     except (UserError, DistError) as error:
+        if nodes.count == 1 and isinstance(error, DistError):
+            raise
         what = (
             f"the {nodes.count} nodes did not meet at {nodes.main_address} within {nodes.meeting_seconds} seconds ({error}): start node "
             f"0 to {nodes.count - 1} with the same --nodes and --main-address, a free port of node 0 that the others reach"
@@ -298,7 +300,14 @@ def _share_failures(folder: Path, rank: int) -> Callable[[dict[str, Any]], None]
     """
     from torch.distributed import DistError, TCPStore
 
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # the agents'
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # the agents', which node 0 keeps
+
+    def end(told: dict[str, Any]) -> None:
+        time.sleep(2 * POLL_SECONDS)  # node 0's agent, and the store with it, ends with its workers: until then all have heard
+        _fail(folder, rank, told)
+
+    def lost(told: dict[str, Any]) -> dict[str, Any]:
+        return told | {"message": f"node 0 has ended, and its own output says why ({told['message']})"}
 
     def listen() -> None:
         try:
@@ -306,15 +315,18 @@ def _share_failures(folder: Path, rank: int) -> Callable[[dict[str, Any]], None]
                 time.sleep(POLL_SECONDS)
             told = json.loads(store.get(FAILURE))
         except DistError as error:
-            told = _told(error, rank) | {"kind": "NodeLost", "message": "node 0 has ended: its own output says why"}
-        stay(told)
+            told = lost(_told(error, rank))
+        end(told)
 
-    def stay(told: dict[str, Any]) -> None:
-        time.sleep(2 * POLL_SECONDS)  # node 0's agent, and the store with it, ends with its workers: until then all have heard
-        _fail(folder, rank, told)
+    def fail(told: dict[str, Any]) -> None:
+        try:
+            told = json.loads(store.compare_set(FAILURE, "", json.dumps(told)))  # the first failure stays
+        except DistError:
+            told = lost(told)
+        end(told)
 
     threading.Thread(target=listen, name="listen-to-nodes", daemon=True).start()
-    return lambda told: stay(json.loads(store.compare_set(FAILURE, "", json.dumps(told))))
+    return fail
 
 
 def _call(folder: Path, call: dict[str, Any]) -> None:
