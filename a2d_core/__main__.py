@@ -67,6 +67,10 @@ def parser() -> argparse.ArgumentParser:
         _model(train)
         train.add_argument("--dataset", help="Hub id, file (txt, jsonl, parquet), directory, or 'embedded:...' (default: the preset's)")
         train.add_argument("--processes", type=int, metavar="N", help="processes on this machine, one per GPU (default: the preset's)")
+        train.add_argument("--strategy", help="how they share the training: ddp, fsdp2, zero2, or an accelerate configuration (.yaml)")
+        train.add_argument("--nodes", type=int, default=1, metavar="M", help="machines, each of which runs this command (default: 1)")
+        train.add_argument("--node-rank", type=int, default=0, metavar="R", help="number of this machine, from 0; the only thing to differ")
+        train.add_argument("--main-address", metavar="HOST:PORT", help="where the nodes meet: node 0 and a free port there")
         train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output-dir")
 
     sample = _command(group, "sample", "generate from a fixed set of prompts", commands.sample)

@@ -22,6 +22,7 @@ from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 OBJECTIVES = ("mdlm", "bd3lm")
+STRATEGIES = ("ddp", "fsdp2", "zero2")
 T = TypeVar("T")
 
 
@@ -43,6 +44,15 @@ def check_objective(objective: str) -> str:
     """Return `objective`, or raise `UserError` where it is not one of `OBJECTIVES`."""
     require(objective in OBJECTIVES, f"unknown objective '{objective}': choose one of {', '.join(OBJECTIVES)}")
     return objective
+
+
+def check_strategy(strategy: str) -> str:
+    """Return `strategy`, or raise `UserError` where it is neither one of `STRATEGIES` nor named like a configuration file."""
+    require(
+        strategy in STRATEGIES or strategy.endswith((".yaml", ".yml", ".json")),
+        f"unknown strategy '{strategy}': choose one of {', '.join(STRATEGIES)}, or give the path of an accelerate configuration (.yaml)",
+    )
+    return strategy
 
 
 @dataclass(frozen=True)
@@ -393,6 +403,8 @@ class StepCompute:
     """Disk in MiB, for checkpoints; None keeps the platform's default."""
     processes: int = 1
     """Training processes on the node: one per GPU."""
+    strategy: str = "ddp"
+    """How the processes share the training: ddp, fsdp2, zero2, or the path of an accelerate configuration."""
     retries: int = 0
     """How often a failed step is tried again."""
     minutes_between_retries: int = 2
@@ -409,6 +421,7 @@ class StepCompute:
             self.gpu == 0 or self.processes <= self.gpu,
             f"compute asks for {self.processes} processes on {self.gpu} GPUs: give each process a GPU of its own",
         )
+        check_strategy(self.strategy)
 
 
 @dataclass(frozen=True)

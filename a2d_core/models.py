@@ -72,6 +72,7 @@ class DiffusionModel(nn.Module):
         self.stored_dtype = network.dtype
         """Precision of the checkpoint on disk, which training in float32 returns to."""
         self._known_masks: dict[Hashable, Any] = {}
+        self._no_split_modules = network._no_split_modules  # the layers, by which FSDP shares out the weights
 
     @property
     def device(self) -> torch.device:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -22,9 +23,13 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from accelerate import DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin, save_fsdp_optimizer
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -146,6 +151,24 @@ class DiffusionTrainer(Trainer):
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroups(lengths, step, self.noise_seed)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, for FSDP with float32 weights and gradients, and on a CPU too.
+
+        accelerate would gather and reduce in bfloat16 where that is the precision, and round the loss and its weights to it:
+        autocast does it as under DDP. And on a CPU it leaves the FSDP configuration out, which torch has no need for.
+        """
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type == DistributedType.MULTI_CPU:
+            state.fsdp_plugin, self.is_fsdp_enabled = FullyShardedDataParallelPlugin(), True
+            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if self.is_fsdp_enabled:
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        """The autocast that accelerate puts around the forward of other models."""
+        return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager(cache_enabled)
+
     # --- one optimizer step ---
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> tuple[list[Batch], Tensor]:
@@ -218,7 +241,6 @@ class DiffusionTrainer(Trainer):
             with self.compute_loss_context_manager():
                 estimate = likelihood.nelbo(
                     self.model, streams, samples=2, seed=EVAL_SEED, rows_B=batch["row"],
-                    forward=self.model_wrapped if self.is_fsdp_enabled else None,
                 )  # fmt: skip
             answer_BT = streams.is_maskable_BT & ~streams.is_fill_BT
             parts = estimate.nats_B, estimate.tokens_B, (estimate.nats_BT * answer_BT).sum(1), answer_BT.sum(1)
@@ -271,12 +293,26 @@ class DiffusionTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.writing)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a checkpoint directory, with whole weights where FSDP shares them out (DDP and ZeRO-2 do not)."""
+        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # not the weights, which Trainer would write once more
+        save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
         directory = Path(output_dir or self.args.output_dir)
         if state_dict is not None:
-            state_dict = {name.removeprefix("network."): value for name, value in state_dict.items()}
+            tied = {f"network.{name}" for name in self.model.network.all_tied_weights_keys}  # gathered, they share no memory any more
+            state_dict = {name.removeprefix("network."): value for name, value in state_dict.items() if name not in tied}
         record = {
             "stage": self.stage,
             "step": self.state.global_step,
@@ -288,7 +324,7 @@ class DiffusionTrainer(Trainer):
     def save_final(self, output_dir: Path) -> None:
         """Write `checkpoint-final` in the precision of the model that was trained; of LoRA, `adapter` and the two merged."""
         if not self.model.has_adapters:
-            self.model.network.to(self.model.stored_dtype)
+            self.model.to(self.model.stored_dtype)
             with self.written_whole(output_dir / "checkpoint-final") as directory:
                 self.save_model(str(directory))
             return
@@ -300,6 +336,7 @@ class DiffusionTrainer(Trainer):
 
     def take_up(self, checkpoint: Path) -> None:
         """Load the weights and the history of a checkpoint at which training was complete."""
+        self.model.to(self.args.device)  # where it would be shared out, it is still on the CPU
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self.callback_handler.on_train_begin(self.args, self.state, self.control)
@@ -322,10 +359,10 @@ class DiffusionTrainer(Trainer):
 
             lora.restore(network, resume_from_checkpoint)
             return
-        state = {}
+        state: dict[str, Any] = {}
         for file in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
             state.update(safetensors.torch.load_file(file))
-        loaded = network.load_state_dict(state, strict=False)
+        loaded = set_model_state_dict(network, state, options=StateDictOptions(full_state_dict=True, strict=False))
         tied = set(network.all_tied_weights_keys)
         require(
             not loaded.unexpected_keys and set(loaded.missing_keys) <= tied,
@@ -406,6 +443,7 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
     def interval(every: float) -> float | int:
         return every if every < 1 else int(every)
 
+    by_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # which accelerate leaves out where it is told to use a CPU
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         num_train_epochs=config.epochs,
@@ -421,7 +459,8 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
         adam_beta2=config.adam_beta2,
         optim="adamw_torch_fused",
         bf16=computes_in_bfloat16(config),
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available() and not by_deepspeed,
+        ddp_backend="gloo" if by_deepspeed and not torch.cuda.is_available() else None,
         seed=seed,
         data_seed=seed,
         logging_steps=config.log_every,

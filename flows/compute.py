@@ -83,8 +83,10 @@ def check_compute(recipe: Recipe, preset: dict[str, Any]) -> None:
     """Raise `UserError` where an override, or an objective's table, asks for a compute profile that the graph was not built with."""
 
     def fixed(compute: ComputeConfig) -> ComputeConfig:
-        parts = {name: replace(getattr(compute, name), processes=1) for name in ("convert", "train", "generate", "register")}
-        return replace(compute, **parts)  # how many processes a stage starts is its own affair
+        parts = {
+            name: replace(getattr(compute, name), processes=1, strategy="ddp") for name in ("convert", "train", "generate", "register")
+        }
+        return replace(compute, **parts)  # what processes a stage starts is its own affair
 
     wanted, built = fixed(recipe.compute), fixed(read_compute(preset))
     changed = [f"compute.{field.name}" for field in fields(ComputeConfig) if getattr(wanted, field.name) != getattr(built, field.name)]

@@ -116,6 +116,14 @@ def test_rows_must_hold_whole_blocks_of_the_checkpoint(fails, checkpoint, tmp_pa
     assert "max_length=100 is not a multiple of convert.block_size=16: use 96" in fails(*sft, "--set", "max_length=100")
 
 
+def test_processes_that_cannot_meet_are_refused(fails, checkpoint, tmp_path):
+    sft = ("sft", "--model", checkpoint, "--output-dir", tmp_path / "out")
+    assert "unknown strategy 'zero9'" in fails(*sft, "--strategy", "zero9")
+    assert "2 nodes need the address of node 0 as HOST:PORT, not None" in fails(*sft, "--nodes", 2)
+    assert "node_rank=2 is none of 0 to 1" in fails(*sft, "--nodes", 2, "--node-rank", 2, "--main-address", "a:1")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_must_be_a_diffusion_checkpoint(fails, checkpoint, tmp_path):
     out = ("--output-dir", tmp_path / "out")
     assert "there is no directory 'nowhere'" in fails("sft", "--model", "nowhere", *out)

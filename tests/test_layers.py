@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["config", "noise", "loss"],
-    ["attention", "objectives", "store", "launch", "presets", "checkpoints", "follow"],
+    ["attention", "objectives", "store", "strategies", "launch", "presets", "checkpoints", "follow"],
     ["lora", "models", "embedded", "data", "tracking", "tasks"],
     ["likelihood", "sampling"],
     ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat"],
@@ -35,7 +35,7 @@ NUMERIC_CORE = [
     "launch",
     "chat",
 ]
-QUICK = ["config", "presets", "launch", "store", "checkpoints", "follow", "tracking", "stages.checks", "commands", "__main__"]
+QUICK = ["config", "presets", "strategies", "launch", "store", "checkpoints", "follow", "tracking", "stages.checks", "commands", "__main__"]
 PIPELINE = {"peft", "metaflow", "mlflow", "datasets", "lm_eval"}
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "pandas"} | PIPELINE
 

@@ -94,13 +94,13 @@ def parameters(model_dir: str | Path, lora_rank: int | None = None) -> int:
     return count
 
 
-def newest_checkpoint(output_dir: str | Path) -> str:
-    """The newest whole `checkpoint-N` of an interrupted training; raises `UserError` where there is none."""
+def newest_checkpoint(output_dir: str | Path, *, required: bool = True) -> str | None:
+    """The newest whole `checkpoint-N` of an interrupted training; where there is none, None, or `UserError` if it is required."""
     damaged: list[str] = []
     newest = checkpoints.newest(Path(output_dir), say=damaged.append)
     print(*damaged, sep="\n", end="\n" * bool(damaged))
-    require(newest is not None, f"'{output_dir}' holds no checkpoint to resume from: start without --resume")
-    return str(newest)
+    require(newest is not None or not required, f"'{output_dir}' holds no checkpoint to resume from: start without --resume")
+    return str(newest) if newest else None
 
 
 @contextmanager
