@@ -10,19 +10,34 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["config", "noise", "loss"],
-    ["attention", "objectives", "store", "launch", "presets", "follow"],
+    ["attention", "objectives", "store", "launch", "presets", "follow", "gate", "review"],
     ["models", "embedded", "data", "tracking", "tasks"],
     ["likelihood", "sampling"],
     ["trainer", "harness", "pyfunc_model", "registry", "chat"],
     ["stages"],
-    ["commands"],
+    ["plan", "commands"],
     ["__main__"],
 ]
 """Lowest first; a room imports from lower layers, and from those that stand before it in its own."""
 ORDER = [room for layer in LAYERS for room in layer]
 FILES = sorted((ROOT / "a2d_core").rglob("*.py"))
 NUMERIC_CORE = ["config", "noise", "objectives", "attention", "models", "loss", "likelihood", "sampling", "trainer", "launch", "chat"]
-QUICK = ["config", "presets", "launch", "store", "follow", "tracking", "stages.checks", "commands", "__main__"]
+QUICK = [
+    "config",
+    "presets",
+    "launch",
+    "store",
+    "follow",
+    "tracking",
+    "gate",
+    "review",
+    "registry",
+    "stages.checks",
+    "stages.register",
+    "plan",
+    "commands",
+    "__main__",
+]
 PIPELINE = {"metaflow", "mlflow", "datasets", "lm_eval"}
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "pandas"} | PIPELINE
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from a2d_core import launch
+from a2d_core import launch, registry
 from a2d_core.config import TrainConfig, build, to_dict
 from a2d_core.stages import checks
 
@@ -25,7 +25,8 @@ def run(
         "resume_from": resume_from,
     }
     with checks.memory_advice(stage, config):
-        return launch.run("a2d_core.stages.training:work", call, processes=processes)
+        facts = launch.run("a2d_core.stages.training:work", call, processes=processes)
+    return {**facts, "weights_sha256": registry.digest(Path(output_dir, "checkpoint-final"))}
 
 
 def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, seed: int, resume_from: str | None) -> dict[str, Any]:
@@ -45,5 +46,5 @@ def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, se
     metrics = trainer.fit(
         model, config, train_rows, held_out, collate, output_dir, stage=stage, seed=seed, fill=fill, resume_from=resume_from
     )
-    sizes = {"train_rows": len(train_rows)} if not config.streaming else {}  # a stream has no length
+    sizes = {"train_rows": len(train_rows), "data_digest": data.digest(train_rows)} if not config.streaming else {}  # a stream has no end
     return {**sizes, "eval_rows": len(held_out), **facts, **metrics}
