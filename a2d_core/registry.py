@@ -22,7 +22,7 @@ from typing import Any
 
 import a2d_core
 from a2d_core import gate
-from a2d_core.config import SampleConfig, require, to_dict
+from a2d_core.config import SampleConfig, UserError, require, to_dict
 from a2d_core.review import Version
 from a2d_core.tracking import finite_numbers
 
@@ -93,12 +93,13 @@ def read(name: str, number: int | str) -> Version:
     """A version by its number or an alias of its model; raises `UserError` where there is none."""
     import mlflow
 
-    model = _model(name)
+    aliases = _aliases(name)
+    there = ", ".join(f"{alias} = {of}" for alias, of in sorted(aliases.items())) or "none"
     require(
-        str(number).isdecimal() or number in model.aliases,
-        f"no version of '{name}' has the alias '{number}': name one with --version N (aliases: {_aliases(model)})",
+        str(number).isdecimal() or number in aliases,
+        f"no version of '{name}' has the alias '{number}': name one with --version N (aliases: {there})",
     )
-    number = int(model.aliases.get(number, number))
+    number = int(aliases.get(str(number), number))
     found = mlflow.MlflowClient().search_model_versions(f"name = '{name}' and version_number = {number}")
     require(bool(found), f"model '{name}' has no version {number}")
     tags = dict(found[0].tags)
@@ -135,7 +136,7 @@ def reject(name: str, number: int | str, why: str) -> str:
     """Mark a version as rejected; it is a candidate no more."""
     found = read(name, number)
     require(
-        _model(name).aliases.get("champion") != str(found.number),
+        _aliases(name).get("champion") != found.number,
         f"version {found.number} of '{name}' is the champion: take it back first, with registry rollback {name}",
     )
     line = _decide(found, "review", f"rejected version {found.number}", why, review="rejected")
@@ -220,33 +221,35 @@ def _champions(name: str) -> list[int]:
     """The champions of a model, oldest first, those that were deleted left out; the last is the one of now, whoever set it."""
     import mlflow
 
-    model = _model(name)
+    aliases = _aliases(name)
     there = {int(found.version) for found in mlflow.MlflowClient().search_model_versions(f"name = '{name}'")}
-    champions = [number for number in map(int, model.tags.get("champions", "").split()) if number in there]
-    current = [int(model.aliases["champion"])] if "champion" in model.aliases else []
+    champions = [number for number in map(int, _model(name).tags.get("champions", "").split()) if number in there]
+    current = [aliases["champion"]] if "champion" in aliases else []
     return champions if champions[-1:] == current else champions + current
 
 
 def _release_candidate(found: Version) -> None:
     import mlflow
 
-    if _model(found.name).aliases.get("candidate") == str(found.number):
+    if _aliases(found.name).get("candidate") == found.number:
         mlflow.MlflowClient().delete_registered_model_alias(found.name, "candidate")
 
 
 def _model(name: str) -> Any:
-    """A registered model with its aliases and tags; raises `UserError` where there is none of that name."""
+    """A registered model; raises `UserError` where there is none of that name."""
     import mlflow
 
-    models = mlflow.MlflowClient().search_registered_models()
-    found = next((model for model in models if model.name == name), None)
-    names = ", ".join(sorted(model.name for model in models)) or "none"
-    require(found is not None, f"there is no registered model '{name}' at {mlflow.get_tracking_uri()}: there is {names}")
-    return found
+    client = mlflow.MlflowClient()
+    found = client.search_registered_models(f"name = '{name}'")
+    if not found:
+        names = ", ".join(model.name for model in client.search_registered_models(max_results=20)) or "none"
+        raise UserError(f"there is no registered model '{name}' at {mlflow.get_tracking_uri()}: there is {names}")
+    return found[0]
 
 
-def _aliases(model: Any) -> str:
-    return ", ".join(f"{alias} = {number}" for alias, number in sorted(model.aliases.items())) or "none"
+def _aliases(name: str) -> dict[str, int]:
+    """Alias -> version; stores differ in whether a version is a number or a text."""
+    return {alias: int(number) for alias, number in _model(name).aliases.items()}
 
 
 def _who() -> str:

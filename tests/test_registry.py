@@ -310,10 +310,10 @@ def test_a_promotion_against_the_review_or_the_gate_needs_force_and_a_reason(ver
     assert code == 2
     assert why in text and "--force --why" in text
     assert command("promote", versions.name, "--force")[0] == 2
-    assert client.get_registered_model(versions.name).aliases["champion"] == "1"
+    assert int(client.get_registered_model(versions.name).aliases["champion"]) == 1
     assert command("promote", versions.name, "--force", "--why", "a demonstration")[0] == 0
     model = client.get_registered_model(versions.name)
-    assert model.aliases == {"champion": "2"}
+    assert {alias: int(number) for alias, number in model.aliases.items()} == {"champion": 2}
     assert client.get_model_version(versions.name, "2").tags["promoted.why"] == "a demonstration"
     assert any(why in line and "a demonstration" in line for key, line in model.tags.items() if key.startswith("event."))
 
@@ -325,17 +325,17 @@ def test_rollback_goes_back_one_champion_at_a_time(versions, command, client):
         command("promote", versions.name)
 
     def champion():
-        return client.get_registered_model(versions.name).aliases["champion"]
+        return int(client.get_registered_model(versions.name).aliases["champion"])
 
-    assert champion() == "3"
+    assert champion() == 3
     assert "rolled back from version 3 to version 2: it was slow" in command("rollback", versions.name, "--why", "it was slow")[1]
-    assert champion() == "2"
+    assert champion() == 2
     assert client.get_model_version(versions.name, "3").tags["rolled_back.why"] == "it was slow"
     client.delete_model_version(versions.name, "1")
     assert command("rollback", versions.name) == (2, f"error: '{versions.name}' has no earlier champion to go back to\n")
     assert command("promote", versions.name, "--version", 3)[0] == 0
     assert command("rollback", versions.name)[0] == 0
-    assert champion() == "2"
+    assert champion() == 2
 
 
 def test_a_champion_that_was_set_by_hand_is_not_forgotten(versions, command, client):
