@@ -83,15 +83,11 @@ def compare(results: dict[str, Any] | None, champion: dict[str, Any] | None) -> 
 def judge(results: dict[str, Any] | None, champion: dict[str, Any] | None = None) -> Verdict:
     """Whether a model passes: each task beyond chance and the untrained model, and no metric fallen below the champion's."""
     rows = compare(results, champion)
-    failures = [
-        f"{name} {score} is not {BAR:g} standard errors beyond {bar:.3f} (chance or the untrained model)"
-        for name, score in scores(results).items()
-        for bar in score.bars
-        if not score.beats(bar)
-    ]
-    failures += [f"{row.name} {row.candidate} is worse than the champion's {row.champion}" for row in rows if row.word == "worse"]
-    if failures:
-        return Verdict("failed", "; ".join(failures))
+    level = [name for name, score in scores(results).items() if not all(map(score.beats, score.bars))]
+    fallen = [f"{row.name} {row.candidate} (champion {row.champion})" for row in rows if row.word == "worse"]
+    if level or fallen:
+        parts = {"no better than chance or the untrained model": level, "worse than the champion": fallen}
+        return Verdict("failed", "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names))
     missing = [row.name for row in rows if row.word == "missing"]
     if missing:
         return Verdict("open", f"the champion has {', '.join(missing)}, which was not measured")

@@ -175,11 +175,7 @@ def refusals(found: Version, current: Version | None) -> list[str]:
         words.append(f"it failed its gate ({found.tags.get('gate.why')})")
     else:
         verdict = gate.judge(found.results, current.results if current else None)
-        words += (
-            [f"it fails the gate against the champion, version {current.number} ({verdict.why})"]
-            if current and verdict.word == "failed"
-            else []
-        )
+        words += [f"it fails the gate against version {current.number} ({verdict.why})"] if current and verdict.word == "failed" else []
     return words
 
 

@@ -99,7 +99,8 @@ def text(review: dict[str, Any]) -> str:
     candidate, champion = review["candidate"], review["champion"]
     head = f"{review['name']}: candidate version {candidate['version']} ({_state(candidate['tags'])})"
     head += f" against champion version {champion['version']}" if champion else "; there is no champion yet"
-    parts = [head, f"gate now: {gate.Verdict(**review['gate'])}\ngate when registered: {_gate_tag(candidate['tags'])}"]
+    now, then = str(gate.Verdict(**review["gate"])), _gate_tag(candidate["tags"])
+    parts = [head, f"gate: {now}" + (f"\nit was, when the version was registered: {then}" if then != now else "")]
     for title, rows in _tables(review):
         parts.append("\n".join([title, *(f"  {line}" for line in aligned(rows))]))
     for sample in review["samples"]:

@@ -264,7 +264,7 @@ def test_a_review_shows_candidate_and_champion_in_a_pipe_and_as_json(versions, c
     assert (code, "Downloading" in text) == (0, False)
     for words in (
         "candidate version 2 (review pending) against champion version 1",
-        "gate now: failed: words/exact_match 0.700 ± 0.010 is worse than the champion's 0.900 ± 0.010",
+        "gate: failed: worse than the champion: words/exact_match 0.700 ± 0.010 (champion 0.900 ± 0.010)",
         "candidate  SEA 0.7",
     ):
         assert words in text
@@ -296,7 +296,7 @@ def test_a_decision_is_recorded_with_who_when_and_why(versions, command, client)
     [
         (False, "passed", 0.9, "its review is pending"),
         (True, "failed", 0.9, "it failed its gate (it fell)"),
-        (True, "passed", 0.7, "it fails the gate against the champion, version 1 (words/exact_match 0.700"),
+        (True, "passed", 0.7, "it fails the gate against version 1 (worse than the champion: words/exact_match 0.700"),
     ],
 )
 def test_a_promotion_against_the_review_or_the_gate_needs_force_and_a_reason(versions, command, client, is_approved, word, value, why):
