@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
@@ -31,17 +32,21 @@ class DiffusionLanguageModel(PythonModel):
 
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[str]:
         """One answer per row. (Any other hint on `model_input` would replace the signature, and drop its parameters.)"""
-        return self._answers([str(text) for text in model_input["prompt"]], params or {})
+        cells = model_input["prompt"]
+        texts = [text for cell in cells for text in (cell if isinstance(cell, (list, np.ndarray)) else [cell])]  # {"prompt": [...]} is one
+        return self._answers(texts, params or {})
 
     def predict_stream(self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None) -> Iterator[str]:
         """The answer to the one prompt of `{"prompt": TEXT}`, in pieces that make it up."""
-        prompt = model_input["prompt"] if isinstance(model_input, dict) else model_input["prompt"].iloc[0]
-        yield from self._answers([str(prompt)], params or {})
+        yield from self._answers([model_input["prompt"]], params or {})
 
-    def _answers(self, prompts: list[str], params: dict[str, Any]) -> list[str]:
+    def _answers(self, prompts: list[Any], params: dict[str, Any]) -> list[str]:
         from a2d_core import sampling
         from a2d_core.config import UserError
 
+        wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        if wrong:
+            raise MlflowException.invalid_parameter_value(f"a prompt must be text, not {wrong[0]!r}")
         changes: dict[str, Any] = {name: params[name] for name in ("max_new_tokens", "temperature") if name in params}
         unset = {"threshold": "threshold", "block_size": "block_size", "steps": "steps_per_block"}
         changes |= {field: params[name] or None for name, field in unset.items() if name in params}

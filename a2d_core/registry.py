@@ -270,7 +270,7 @@ def _log(model_dir: str | Path, sample: SampleConfig, record: dict[str, Any]) ->
     """Log the checkpoint, the code that runs it and its record as a model of the active run."""
     import mlflow
     from mlflow.models.signature import ModelSignature
-    from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType, ColSpec, ParamSchema, ParamSpec, Schema
 
     package = Path(a2d_core.__file__).parent
     params = [
@@ -280,6 +280,7 @@ def _log(model_dir: str | Path, sample: SampleConfig, record: dict[str, Any]) ->
         ParamSpec("block_size", "integer", sample.block_size or 0),
         ParamSpec("steps", "integer", sample.steps_per_block or 0),
     ]
+    prompt = ColSpec(AnyType(), "prompt")  # of a "string" the server makes text of whatever comes; the model itself wants text
     with tempfile.TemporaryDirectory(prefix="a2d-register-") as room, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided")  # it would be run, on whatever machine this is
         written = Path(room, RECORD)
@@ -291,5 +292,5 @@ def _log(model_dir: str | Path, sample: SampleConfig, record: dict[str, Any]) ->
             code_paths=[str(package)],  # so that the version loads where there is no checkout
             model_config={"sample": to_dict(sample)},
             pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS],
-            signature=ModelSignature(Schema([ColSpec("string", "prompt")]), Schema([ColSpec("string")]), ParamSchema(params)),
+            signature=ModelSignature(Schema([prompt]), Schema([ColSpec("string")]), ParamSchema(params)),
         )

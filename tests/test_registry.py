@@ -3,10 +3,16 @@
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import families
 import mlflow
@@ -71,16 +77,36 @@ def client():
     return mlflow.MlflowClient()
 
 
-def predict(uri, folder, **params):
+def elsewhere():
+    """The environment of a process that has no checkout."""
+    binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return env | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(), "PATH": binaries}
+
+
+def ask(uri, folder):
     """What the model at `uri` answers in a process that has no checkout, and where it found a2d_core."""
-    code = (
-        "import sys, json, mlflow, pandas; uri, prompts, params = json.loads(sys.argv[1]);"
-        "answers = mlflow.pyfunc.load_model(uri).predict(pandas.DataFrame({'prompt': prompts}), params=params);"
-        "import a2d_core; print(json.dumps([list(answers), a2d_core.__file__]))"
-    )
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
-    command = [sys.executable, "-c", code, json.dumps([uri, PROMPTS, params])]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    code = """
+import json, sys, mlflow, pandas
+uri, prompts = json.loads(sys.argv[1])
+model = mlflow.pyfunc.load_model(uri)
+table = pandas.DataFrame({"prompt": prompts})
+try:
+    list(model.predict_stream({"prompt": 5}))
+except mlflow.MlflowException as error:
+    refused = str(error)
+import a2d_core
+found = {
+    "answers": model.predict(table),
+    "short": model.predict(table, params={"max_new_tokens": 3}),
+    "stream": list(model.predict_stream({"prompt": prompts[0]})),
+    "refused": refused,
+    "home": a2d_core.__file__,
+}
+print(json.dumps(found))
+"""
+    command = [sys.executable, "-c", code, json.dumps([uri, PROMPTS])]
+    done = subprocess.run(command, cwd=folder, env=elsewhere(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -111,20 +137,90 @@ def test_the_model_carries_its_metrics_and_the_parameters_of_a_call(registered, 
 
 @pytest.fixture(scope="module")
 def answered(registered, tmp_path_factory):
-    return predict(registered["uri"], tmp_path_factory.mktemp("elsewhere"))
+    return ask(registered["uri"], tmp_path_factory.mktemp("elsewhere"))
 
 
-def test_it_answers_like_the_checkpoint_without_a_checkout(answered, model):
+@pytest.fixture(scope="module")
+def expected(model):
     turns = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     prompts = [model.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False) for turn in turns]
-    generated = sampling.generate(model, prompts, SAMPLE)
-    assert answered[0] == [model.tokenizer.decode(g.tokens, skip_special_tokens=True) for g in generated]
-    assert "mlruns" in answered[1]
+    return [model.tokenizer.decode(g.tokens, skip_special_tokens=True) for g in sampling.generate(model, prompts, SAMPLE)]
 
 
-def test_parameters_of_a_call_change_the_answer(answered, registered, tmp_path):
-    short, _ = predict(registered["uri"], tmp_path, max_new_tokens=3)
-    assert all(len(a.encode()) < len(b.encode()) for a, b in zip(short, answered[0], strict=True))
+def test_it_answers_like_the_checkpoint_without_a_checkout(answered, expected):
+    assert answered["answers"] == expected
+    assert "".join(answered["stream"]) == expected[0]
+    assert "mlruns" in answered["home"]
+
+
+def test_parameters_of_a_call_change_the_answer(answered):
+    assert all(len(a.encode()) < len(b.encode()) for a, b in zip(answered["short"], answered["answers"], strict=True))
+
+
+@pytest.fixture(scope="module")
+def served(registered, tmp_path_factory):
+    """`mlflow models serve` of the champion, in a directory without a checkout: POST JSON, get the status and the reply."""
+    mlflow.MlflowClient().set_registered_model_alias(NAME, "champion", str(registered["version"]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("served")
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{NAME}@champion", "--env-manager", "local"]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen([*command, "-p", str(port)], cwd=folder, env=elsewhere(), stdout=log, stderr=log, start_new_session=True)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def post(body, path="invocations"):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/{path}", data, {"Content-Type": "application/json"})
+        try:
+            with opener.open(request, timeout=60) as reply:
+                return reply.status, json.loads(reply.read().strip() or "null")
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                post(None, "ping")
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+                time.sleep(0.2)
+        yield post
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def test_the_champion_is_served_over_http_with_parameters(served, expected, answered):
+    assert served({"inputs": {"prompt": PROMPTS}}) == (200, {"predictions": expected})
+    assert served({"dataframe_split": {"columns": ["prompt"], "data": [[p] for p in PROMPTS]}}) == (200, {"predictions": expected})
+    assert served({"inputs": {"prompt": PROMPTS}, "params": {"max_new_tokens": 3}}) == (200, {"predictions": answered["short"]})
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"inputs": {"prompt": ["a"]}, "params": {"max_new_tokens": "many"}}, "max_new_tokens"),
+        ({"inputs": {"prompt": ["a"]}, "params": {"steps": 2.5}}, "steps"),
+        ({"inputs": {"prompt": ["a"]}, "params": {"threshold": 7.0}}, "threshold must lie in (0, 1], not 7.0"),
+        ({"inputs": {"prompt": ["a"]}, "params": {"max_new_tokens": 4000}}, "the model's context is"),
+        ({"inputs": {"prompt": [5]}}, "a prompt must be text, not 5"),
+        ({"inputs": {"prompt": [None]}}, "a prompt must be text, not None"),
+        ({"dataframe_records": [{"prompt": ["a", ["b"]]}]}, "a prompt must be text, not ['b']"),
+        ({"inputs": {"question": ["a"]}}, "missing inputs ['prompt']"),
+    ],
+)
+def test_what_is_of_a_wrong_type_or_out_of_range_is_400(served, body, message):
+    status, reply = served(body)
+    assert status == 400
+    assert message in reply["message"]
+
+
+def test_a_stream_refuses_what_is_no_text(answered):
+    assert "a prompt must be text, not 5" in answered["refused"]
 
 
 def test_a_step_that_is_run_again_registers_nothing_new(registered, put, model, client):
