@@ -20,8 +20,8 @@ import pytest
 
 from a2d_core import __main__ as cli
 from a2d_core import gate, presets, registry, review, sampling, tracking
-from a2d_core.config import SampleConfig, UserError
-from a2d_core.stages import register
+from a2d_core.config import ConvertConfig, SampleConfig, UserError
+from a2d_core.stages import convert, register
 
 SAMPLE = SampleConfig(max_new_tokens=12, threshold=0.9)
 PROMPTS = ["Reverse: garden", "Upper: sea"]
@@ -246,6 +246,13 @@ def test_a_name_that_mlflow_does_not_take_is_refused_before_the_work():
 def test_weights_that_training_did_not_write_are_refused(put, model, registered, client):
     with pytest.raises(UserError, match="are not those that training wrote"):
         put(model, written="0" * 64)
+
+
+def test_a_stage_says_which_weights_it_wrote(tmp_path):
+    facts = convert.run(ConvertConfig(model="embedded:smoke", block_size=8), "bd3lm", tmp_path)
+    assert facts["weights_sha256"] == registry.digest(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-1] + b"x")
+    assert facts["weights_sha256"] != registry.digest(tmp_path)
 
 
 def test_a_version_says_where_it_comes_from(registered, client):
