@@ -159,7 +159,7 @@ def promote(name: str, number: int | str, *, force: bool = False, why: str | Non
         f"version {found.number} of '{name}' is not promoted: {'; '.join(against)}. Overrule with --force --why TEXT",
     )
     was = f" in the place of version {current.number}" if current else ""
-    forced = f" against its review ({'; '.join(against)})" if against else ""
+    forced = f", though {' and '.join(against)}" if against else ""
     line = _decide(found, "promoted", f"promoted version {found.number}{was}{forced}", why)
     _crown([*_champions(name), found.number], name)
     _release_candidate(found)
