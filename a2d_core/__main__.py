@@ -105,15 +105,42 @@ def parser() -> argparse.ArgumentParser:
     _output(merge)
     merge.set_defaults(run=commands.merge)
 
-    plan = group.add_parser(
-        "plan", help="print a resolved recipe as JSON, and run nothing", description="Print a resolved recipe, and run nothing."
-    )
+    _registry(group)
+
+    what = "print a resolved recipe, what it would cost and what it would register, and run nothing"
+    plan = group.add_parser("plan", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    plan.add_argument("--json", action="store_true", help="one JSON object with the keys recipe and cost")
     plan.add_argument("--objective", choices=OBJECTIVES, default="bd3lm", help="default: bd3lm")
     _recipe_options(plan, "stage.field=value")
     plan.set_defaults(run=commands.plan)
     listing = group.add_parser("presets", help="list the presets", description="List the presets.")
     listing.set_defaults(run=commands.list_presets)
     return top
+
+
+def _registry(group: Any) -> None:
+    what = "review the candidate of a registered model, and decide on it"
+    registry = group.add_parser("registry", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    verbs = registry.add_subparsers(title="what to do", metavar="VERB", required=True)
+    for verb, meaning in {
+        "review": "show the candidate against the champion: scores, samples, lineage, configuration",
+        "approve": "approve a version",
+        "reject": "reject a version; it is a candidate no more",
+        "promote": "make an approved version that passed its gate the champion",
+        "rollback": "give the alias champion back to the version that had it before",
+    }.items():
+        command = verbs.add_parser(verb, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.")
+        command.add_argument("name", metavar="NAME", help="name of the registered model")
+        command.add_argument("--mlflow", metavar="URI", help="where MLflow is (default: MLFLOW_TRACKING_URI, or ./mlflow.db)")
+        if verb != "rollback":
+            command.add_argument("--version", metavar="N", default="candidate", help="version, by number or alias (default: candidate)")
+        if verb == "review":
+            command.add_argument("--json", action="store_true", help="print JSON")
+        else:
+            command.add_argument("--why", metavar="TEXT", required=verb == "reject", help="the reason, which is recorded")
+        if verb == "promote":
+            command.add_argument("--force", action="store_true", help="promote against the review or the gate; needs --why")
+        command.set_defaults(run=commands.registry, verb=verb)
 
 
 def _command(group: Any, name: str, what: str, run: Any, writes: bool = True) -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -141,9 +142,34 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Print a resolved recipe, which `--preset FILE.json` reads back."""
-    recipe = to_dict(presets.resolve(presets.read(args.preset), args.objective, args.overrides, args.seed))
-    print(json.dumps({key: value for key, value in recipe.items() if key != "objective"}, indent=2))
+    """Print a resolved recipe, which `--preset FILE.json` reads back, and then what it would cost."""
+    from a2d_core import plan as costs
+
+    recipe = presets.resolve(presets.read(args.preset), args.objective, args.overrides, args.seed)
+    plain = {key: value for key, value in to_dict(recipe).items() if key != "objective"}
+    cost = costs.estimate(recipe)
+    if args.json:
+        print(json.dumps({"recipe": plain, "cost": cost}, indent=2))
+    else:
+        print(json.dumps(plain, indent=2), costs.text(cost), sep="\n\n")
+
+
+def registry(args: argparse.Namespace) -> None:
+    """Review a version, or decide on it."""
+    from a2d_core import registry as models
+    from a2d_core import review
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    tracking.check_server(tracking.default_uri(TrackingConfig(uri=args.mlflow)))
+    if args.verb == "review":
+        found = review.build(models.read(args.name, args.version), models.champion(args.name))
+        print(json.dumps(found, indent=2) if args.json else review.text(found))
+    elif args.verb == "promote":
+        print(models.promote(args.name, args.version, force=args.force, why=args.why))
+    elif args.verb == "rollback":
+        print(models.rollback(args.name, args.why))
+    else:
+        print({"approve": models.approve, "reject": models.reject}[args.verb](args.name, args.version, args.why))
 
 
 def list_presets(args: argparse.Namespace) -> None:

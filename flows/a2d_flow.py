@@ -141,8 +141,10 @@ class A2DFlow(FlowSpec):
     @card(type="blank", id="evaluation")
     @step
     def evaluate(self) -> None:
-        """Score the model, beside the untrained checkpoint and the autoregressive source."""
+        """Score the model, beside the untrained checkpoint and the autoregressive source, and say whether it passes the gate."""
         import cards
+
+        from a2d_core.stages import register
 
         self.results: dict[str, Any] | None = None
         with self._stage("evaluate") as (recipe, room, _):
@@ -167,6 +169,9 @@ class A2DFlow(FlowSpec):
                 )
                 tracking.log_evaluation(results, room / "output")
                 self.results = results
+            self.verdict = register.judge(recipe, self.results) if recipe.register.enabled else {}
+            if self.verdict:
+                print("gate: " + ": ".join(self.verdict[tag] for tag in ("gate", "gate.why") if tag in self.verdict))
             cards.show_evaluation(current.card["evaluation"], recipe, self.results)
         self.next(self.register)
 
@@ -179,13 +184,13 @@ class A2DFlow(FlowSpec):
         with self._stage("register") as (recipe, room, _):
             if self._is_on(recipe.register, "register"):
                 tags = {"metaflow.run": f"{current.flow_name}/{current.run_id}", "mlflow.parent_run": self.mlflow_run}
-                tags |= {"objective": recipe.objective, "base_model": recipe.convert.model, "preset": recipe.name}
                 self.registered = register.run(
                     store.get_dir(self.model, room / "model"),
-                    name=register.model_name(recipe),
-                    tags=tags | {"gate": register.gate(self.results)},
-                    metrics=tracking.evaluation_numbers(self.results),
-                    sample=recipe.sample,
+                    recipe,
+                    tags=tags | self.verdict,
+                    results=self.results,
+                    samples=self.samples,
+                    facts=self.numbers,
                 )
         tracking.finish(self.mlflow_run)  # here, because MLflow is loaded: in a step of its own it would take a second more
         self.next(self.end)

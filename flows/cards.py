@@ -119,6 +119,7 @@ def closing_words(recipe: Recipe, results: dict[str, Any] | None, registered: Ro
     ]
     if registered:
         look.append(("registered", f"{registered['name']} version {registered['version']}, alias candidate, review pending"))
+        look.append(("review", f"{tool('python')} -m a2d_core registry review {registered['name']}"))
     if model:
         look.append(("chat", chat_command(recipe, model)))
     elif registered:

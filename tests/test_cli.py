@@ -89,8 +89,10 @@ def test_the_presets_are_listed(run):
 def test_a_plan_is_a_recipe(run, tmp_path):
     code, out, _ = run("plan", "--preset", "tiny", "--objective", "mdlm", "--set", "sft.max_steps=7", "--seed", 3)
     assert code == 0
-    assert (json.loads(out)["seed"], json.loads(out)["sft"]["max_steps"]) == (3, 7)
-    (tmp_path / "plan.json").write_text(out)
+    plain = json.loads(out[: out.index("\n}") + 2])
+    assert (plain["seed"], plain["sft"]["max_steps"]) == (3, 7)
+    assert "FLOPs" in out
+    (tmp_path / "plan.json").write_text(json.dumps(plain))
     assert run("plan", "--preset", tmp_path / "plan.json", "--objective", "mdlm") == (0, out, "")
 
 

@@ -10,12 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["config", "noise", "loss"],
-    ["attention", "objectives", "store", "strategies", "launch", "presets", "checkpoints", "follow"],
+    ["attention", "objectives", "store", "strategies", "launch", "presets", "checkpoints", "follow", "gate", "review"],
     ["lora", "models", "embedded", "data", "tracking", "tasks"],
     ["likelihood", "sampling"],
     ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat"],
     ["stages"],
-    ["commands"],
+    ["plan", "commands"],
     ["__main__"],
 ]
 """Lowest first; a room imports from lower layers, and from those that stand before it in its own."""
@@ -35,7 +35,24 @@ NUMERIC_CORE = [
     "launch",
     "chat",
 ]
-QUICK = ["config", "presets", "strategies", "launch", "store", "checkpoints", "follow", "tracking", "stages.checks", "commands", "__main__"]
+QUICK = [
+    "config",
+    "presets",
+    "strategies",
+    "launch",
+    "store",
+    "checkpoints",
+    "follow",
+    "tracking",
+    "gate",
+    "review",
+    "registry",
+    "stages.checks",
+    "stages.register",
+    "plan",
+    "commands",
+    "__main__",
+]
 PIPELINE = {"peft", "metaflow", "mlflow", "datasets", "lm_eval"}
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "pandas"} | PIPELINE
 

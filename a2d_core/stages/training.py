@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from a2d_core import checkpoints, launch
+from a2d_core import checkpoints, launch, registry
 from a2d_core.config import TrainConfig, build, require, to_dict
 from a2d_core.stages import checks
 
@@ -37,7 +37,8 @@ def run(
         "resume_from": resume_from,
     }
     with checks.memory_advice(stage, config):
-        return launch.run("a2d_core.stages.training:work", call, processes=processes, strategy=strategy, nodes=nodes)
+        facts = launch.run("a2d_core.stages.training:work", call, processes=processes, strategy=strategy, nodes=nodes)
+    return {**facts, "weights_sha256": registry.digest(Path(output_dir, "checkpoint-final"))} if nodes.rank == 0 else facts
 
 
 def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, seed: int, resume_from: str | None) -> dict[str, Any]:
@@ -63,5 +64,5 @@ def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, se
     metrics = trainer.fit(
         model, config, train_rows, held_out, collate, output_dir, stage=stage, seed=seed, fill=fill, resume_from=resume_from
     )
-    sizes = {"train_rows": len(train_rows)} if not config.streaming else {}  # a stream has no length
+    sizes = {"train_rows": len(train_rows), "data_digest": data.digest(train_rows)} if not config.streaming else {}  # a stream has no end
     return {**sizes, "eval_rows": len(held_out), **facts, **metrics}
