@@ -89,6 +89,15 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--baseline", metavar="DIR", help="score this checkpoint too, for comparison: the converted one, say")
     evaluate.add_argument("--source", metavar="DIR", help="the autoregressive model, for its own loss on the same text")
 
+    export = group.add_parser(
+        "export", help="write a checkpoint in the published A2D format", description="Write a checkpoint in the published A2D format."
+    )
+    _model(export)
+    export.add_argument("--format", choices=("a2d",), default="a2d", help="a2d: model types a2d-qwen2, a2d-qwen3 and a2d-llama (default)")
+    export.add_argument("--output-dir", required=True, metavar="DIR", help="where the result goes: a new or empty directory")
+    export.add_argument("--overwrite", action="store_true", help="replace the earlier output in --output-dir")
+    export.set_defaults(run=commands.export)
+
     plan = group.add_parser(
         "plan", help="print a resolved recipe as JSON, and run nothing", description="Print a resolved recipe, and run nothing."
     )
@@ -133,7 +142,7 @@ def _model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model", required=True, metavar="DIR", help="diffusion checkpoint: a directory that convert, pretrain or sft has made"
     )
-    command.add_argument("--objective", choices=OBJECTIVES, help="only for a model on the Hub; a directory says what it is")
+    command.add_argument("--objective", choices=OBJECTIVES, help="only for a model that does not say it: on the Hub, or a published one")
 
 
 def _fields(command: str) -> str:

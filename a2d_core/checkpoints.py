@@ -33,7 +33,7 @@ def load_network(
     path: str, dtype: torch.dtype | str, *, revision: str | None = None, trust_remote_code: bool = False, allow_pickle: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model and the tokenizer at `path`; raises `UserError` with the remedy where that fails."""
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = read_config(path, **options)
     refuse_unsupported(config)
     if Path(path).is_dir():
@@ -45,7 +45,9 @@ def load_network(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(_why_not_loaded(path, error)) from error
     missing = sorted(told["missing_keys"])
-    require(not missing, f"'{path}' lacks {len(missing)} weights of the network, such as '{missing[:1]}': the checkpoint is damaged; {_AGAIN}")
+    require(
+        not missing, f"'{path}' lacks {len(missing)} weights of the network, such as '{missing[:1]}': the checkpoint is damaged; {_AGAIN}"
+    )
     _agree_on_tied_weights(network)
     return network, _load_tokenizer(path, config, options)
 
@@ -54,8 +56,7 @@ def read_config(path: str, *, revision: str | None = None, trust_remote_code: bo
     """The configuration at `path`, that of a published A2D checkpoint in the terms of transformers."""
     try:
         values, _ = transformers.PreTrainedConfig.get_config_dict(path, revision=revision)
-        model_type = values.get("model_type")
-        if model_type in published.FAMILIES:
+        if values.get("model_type") in published.FAMILIES:
             plain = published.to_plain(values)
             return CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from a2d_core.attention import Slots, may_attend
 from a2d_core.checkpoints import load_network
 from a2d_core.config import ConvertConfig, UserError, require
-from a2d_core.models import DiffusionModel, Spec
+from a2d_core.models import DiffusionModel, Spec, published_mask_token
 
 KERNELS = ("sdpa", "eager")
 """Attention kernels of which a family is proved; FlexAttention computes the same masks, and is compared with these in the tests."""
@@ -40,13 +40,20 @@ def convert(config: ConvertConfig, objective: str, source: str | Path, output_di
     network, tokenizer = load_network(
         str(source), dtype, revision=config.revision, trust_remote_code=config.trust_remote_code, allow_pickle=config.allow_pickle
     )
+    entry = getattr(network.config, "a2d", None)
+    require(
+        not (entry and entry["objective"]),
+        f"'{source}' is a diffusion checkpoint already: train it, sample from it, or convert what it was made of",
+    )
     require(
         tokenizer.eos_token_id is not None,
         f"the tokenizer of '{source}' has no end-of-sequence token: set eos_token in its tokenizer_config.json",
     )
     before = {name: weight.detach().clone() for name, weight in network.state_dict().items()}
-    mask_token_id = give_mask_token(network, tokenizer, config.mask_token, seed)
-    spec = Spec(objective, config.block_size, mask_token_id, config.right_shift)
+    # A published checkpoint has a trained mask token; what it does not say of itself is said here.
+    mask_token_id = published_mask_token(network, tokenizer) if entry else give_mask_token(network, tokenizer, config.mask_token, seed)
+    origin = entry["block_origin"] if entry else "zero"
+    spec = Spec(objective, config.block_size, mask_token_id, config.right_shift, block_origin=origin)
     model = DiffusionModel(network, tokenizer, spec).eval()
     _prove_weights(model, before)
     model.spec = measure_head(model)
@@ -126,8 +133,14 @@ def _prove_masks(model: DiffusionModel) -> None:
         for layer, reach_QS in enumerate(reach_NQS):
             allowed_QS = may_attend(slots, slots, window(model, layer))[0]
             blind, leaks = (allowed_QS & ~reach_QS).nonzero().tolist(), (reach_QS & ~allowed_QS).nonzero().tolist()
-            _claim(model, not blind, f"in layer {layer} slot {blind and blind[0][0]} does not see slot {blind and blind[0][1]} (still causal)")
-            _claim(model, not leaks, f"in layer {layer} slot {leaks and leaks[0][0]} sees slot {leaks and leaks[0][1]}, which is masked (a leak)")
+            _claim(
+                model, not blind, f"in layer {layer} slot {blind and blind[0][0]} does not see slot {blind and blind[0][1]} (still causal)"
+            )
+            _claim(
+                model,
+                not leaks,
+                f"in layer {layer} slot {leaks and leaks[0][0]} sees slot {leaks and leaks[0][1]}, which is masked (a leak)",
+            )
 
 
 def _prove_results(model: DiffusionModel) -> None:
@@ -153,7 +166,11 @@ def _prove_results(model: DiffusionModel) -> None:
     shuffled = Slots(*(x[:, order] for x in blocks.fields()))
     _claim(model, same(_hidden(model, ids[:, order], shuffled), in_blocks[:, order]), "it does not take positions from position_ids")
     causal = model.network.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    _claim(model, same(_hidden(model, ids, Slots.clean(position, position)), causal), "blocks of one token differ from the autoregressive network")
+    _claim(
+        model,
+        same(_hidden(model, ids, Slots.clean(position, position)), causal),
+        "blocks of one token differ from the autoregressive network",
+    )
     cache = DynamicCache()
     _hidden(model, ids[:, :-block], blocks[: length - block], None, cache)
     last = _hidden(model, ids[:, -block:], blocks[length - block :], blocks[: length - block], cache)
@@ -205,6 +222,7 @@ def layers_of(network: PreTrainedModel) -> list[nn.Module]:
 
 
 def window(model: DiffusionModel, layer: int) -> int | None:
+    """Width of the sliding window of a layer; None where it sees everything."""
     config = model.network.config
     kinds = getattr(config, "layer_types", None)
     is_sliding = kinds[layer] == "sliding_attention" if kinds else True

@@ -20,11 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from a2d_core import objectives, published
 from a2d_core.attention import Slots, network_mask
-from a2d_core.checkpoints import load_network
+from a2d_core.checkpoints import load_network, read_config
 from a2d_core.config import OBJECTIVES, UserError, require
 from a2d_core.loss import Head, weighted_cross_entropy
 from a2d_core.objectives import Layout, Objective
@@ -247,8 +247,7 @@ def load(
     none, where it is a plain autoregressive one, or one for another objective.
     """
     network, tokenizer = load_network(str(path), dtype or "auto", trust_remote_code=trust_remote_code)
-    values, _ = PreTrainedConfig.get_config_dict(path)
-    entry = published.entry(values)
+    entry = getattr(network.config, "a2d", None)
     if not isinstance(entry, dict):
         raise UserError(
             f"'{path}' is not a diffusion checkpoint: its config.json has no 'a2d' entry. Convert it first: "
@@ -256,28 +255,25 @@ def load(
         )
     found = entry["objective"] or objective
     require(bool(found), f"'{path}' does not say what it was trained for: add --objective {' or --objective '.join(OBJECTIVES)}")
-    require(objective in (None, found), f"'{path}' is a checkpoint for {found}, not for {objective}: leave --objective out, or take another")
-    if entry["objective"] is None:
-        entry = {**entry, "objective": found, "mask_token_id": _published_mask_token(network, tokenizer)}
+    require(objective in (None, found), f"'{path}' is a checkpoint for {found}, not for {objective}: ask for {found}")
+    is_published = entry["objective"] is None
+    if is_published:
+        entry = {**entry, "objective": found, "mask_token_id": published_mask_token(network, tokenizer)}
     model = DiffusionModel(network, tokenizer, Spec(**{**entry, "chain": tuple(entry["chain"])}))
-    if values["model_type"] in published.FAMILIES:
-        end_of_turn = tokenizer.convert_tokens_to_ids(published.FAMILIES[values["model_type"]][2])
-        if end_of_turn not in (None, tokenizer.unk_token_id):
-            model.stop_at(end_of_turn)
-    model.stored_dtype = _dtype_on_disk(values) or network.dtype
+    for token in published.ENDS_OF_TURN if is_published else ():
+        if token in tokenizer.get_vocab():
+            model.stop_at(tokenizer.convert_tokens_to_ids(token))
+    model.stored_dtype = read_config(str(path), trust_remote_code=trust_remote_code).dtype or network.dtype
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
-def _dtype_on_disk(config: dict[str, Any]) -> torch.dtype | None:
-    name = config.get("dtype") or config.get("torch_dtype")
-    return getattr(torch, name) if name else None
-
-
-def _published_mask_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The mask token of a published checkpoint; where its tokenizer has none, `<|mask|>` is the first id behind it, already trained."""
+def published_mask_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The mask token of a published checkpoint, with a row in its weights; where its tokenizer has none, it is the first id behind it."""
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": published.MASK_TOKEN})
     mask_token_id = int(tokenizer.convert_tokens_to_ids(tokenizer.mask_token))
     rows = network.get_input_embeddings().weight.shape[0]
-    require(mask_token_id < rows, f"the mask token's id is {mask_token_id}, and the checkpoint has only {rows} rows: its tokenizer is another's")
+    require(
+        mask_token_id < rows, f"the mask token's id is {mask_token_id}, and the checkpoint has only {rows} rows: its tokenizer is another's"
+    )
     return mask_token_id

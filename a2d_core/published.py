@@ -11,11 +11,13 @@ from typing import Any
 from a2d_core.config import require
 
 FAMILIES = {
-    "a2d-llama": ("A2DLlamaLMHeadModel", "LlamaForCausalLM", "<|eot_id|>"),
-    "a2d-qwen2": ("A2DQwen2LMHeadModel", "Qwen2ForCausalLM", "<|im_end|>"),
-    "a2d-qwen3": ("A2DQwen3LMHeadModel", "Qwen3ForCausalLM", "<|im_end|>"),
+    "a2d-llama": ("A2DLlamaLMHeadModel", "LlamaForCausalLM"),
+    "a2d-qwen2": ("A2DQwen2LMHeadModel", "Qwen2ForCausalLM"),
+    "a2d-qwen3": ("A2DQwen3LMHeadModel", "Qwen3ForCausalLM"),
 }
-"""Published model type -> its class, that of transformers, and the token that ends a turn."""
+"""Published model type -> its class, and that of transformers."""
+ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>")
+"""What ends a turn of the published chat models, whatever their tokenizer says of the end of a text."""
 BLOCK_SIZE = 32
 """Tokens per block of the published bd3lm checkpoints, which do not say it."""
 MASK_TOKEN = "<|mask|>"
@@ -34,7 +36,7 @@ def to_plain(config: dict[str, Any]) -> dict[str, Any]:
         return config
     kept = {key: value for key, value in config.items() if key != "auto_map"}
     model_type = config["model_type"]
-    return {**kept, "model_type": model_type.removeprefix("a2d-"), "architectures": [FAMILIES[model_type][1]]}
+    return {**kept, "model_type": model_type.removeprefix("a2d-"), "architectures": [FAMILIES[model_type][1]], "a2d": entry(config)}
 
 
 def to_published(config: dict[str, Any]) -> dict[str, Any]:

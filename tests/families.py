@@ -48,25 +48,37 @@ COMMON = {
     "v_head_dim": 8,
 }
 """A tiny network in the terms of transformers; a family takes the fields that its configuration has."""
+NEEDED = {"gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}}
+"""Without it the configuration is refused by transformers."""
 LATENT = {"num_key_value_heads": 4}
+SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2}  # the last two take over keys and values
 PADDED_POSITIONS = {"max_position_embeddings": 512}  # their embedding has a row for the padding token's id
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys("axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa".split(), LATENT),
     **dict.fromkeys("longcat_flash minicpm3 youtu".split(), LATENT),
     **dict.fromkeys("camembert data2vec-text roberta roberta-prelayernorm xglm xlm-roberta xlm-roberta-xl xmod".split(), PADDED_POSITIONS),
-    **dict.fromkeys(("codegen", "gptj"), {"rotary_dim": 4}),
-    **dict.fromkeys(("bamba", "granitemoehybrid"), {"mamba_n_heads": 4}),
-    **dict.fromkeys(("gemma3n_text", "gemma4_text", "gemma4_unified_text"), {"num_hidden_layers": 4, "num_kv_shared_layers": 2}),
+    "codegen": {"rotary_dim": 4},
+    "bamba": {"mamba_n_heads": 4},
+    **dict.fromkeys("gemma3n_text gemma4_text gemma4_unified_text".split(), SHARED),
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            "full_attention": None,
+        },
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "electra": {"embedding_size": 32},
     "gemma2": {"final_logit_softcapping": 3.0, "attn_implementation": "eager"},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "gptj": {"rotary_dim": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
     "granite": {"logits_scaling": 8.0},
-    **dict.fromkeys(("lfm2", "lfm2_moe"), {"layer_types": ["conv", "full_attention"]}),  # as all checkpoints have it
+    "granitemoehybrid": {"mamba_n_heads": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "qwen2": {"tie_word_embeddings": True},
@@ -88,9 +100,14 @@ FAMILIES = (
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
     """A tiny configuration of a model type of transformers, with the kinds of layers that its default has."""
     kind = CONFIG_MAPPING[family]
-    default = kind(**OWN.get(family, {}))
+    default = kind(**NEEDED.get(family, {}))
     known = {*vars(default), *kind.attribute_map}
-    values = {**{name: value for name, value in COMMON.items() if name in known}, **OWN.get(family, {}), **changes}
+    values = {
+        **{name: value for name, value in COMMON.items() if name in known},
+        **NEEDED.get(family, {}),
+        **OWN.get(family, {}),
+        **changes,
+    }
     if "vocab_size_per_layer_input" in known:  # Gemma 3n and 4 have a second embedding
         values["vocab_size_per_layer_input"] = values["vocab_size"]
     kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or ()))

@@ -44,6 +44,7 @@ def run(
     baseline_dir: str | Path | None = None,
     pretrained_dir: str | Path | None = None,
     source_dir: str | Path | None = None,
+    objective: str | None = None,
 ) -> dict[str, Any]:
     """Score the checkpoint at `model_dir`; write results.json (what is returned) and lm_eval.json (all that lm-eval says).
 
@@ -56,17 +57,19 @@ def run(
     output_dir, baseline_dir = Path(output_dir), baseline_dir if config.baseline else None
     _require_checkpoints(source_dir, baseline=baseline_dir, pretrained=pretrained_dir)
     loaded = tasks.load(config)
-    model = models.load(model_dir)
+    model = models.load(model_dir, objective=objective)
     rows_BL = held_out_rows(config, model, seed) if config.text_dataset else None
     results, nats_B = _score(config, sample, model, loaded, rows_BL, seed)
     device = model.device
     del model
     baseline: tuple[Row | None, Tensor | None] = (None, None)
     if baseline_dir is not None:
-        baseline = _score(config, sample, models.load(baseline_dir), loaded, rows_BL, seed)
+        baseline = _score(config, sample, models.load(baseline_dir, objective=objective), loaded, rows_BL, seed)
     summary: Row = {"tasks": table(results, baseline[0]) if results else [], "text": None}
     if rows_BL is not None and nats_B is not None:
-        pretrained_B = None if pretrained_dir is None else score_text(config, models.load(pretrained_dir), rows_BL, seed)
+        pretrained_B = (
+            None if pretrained_dir is None else score_text(config, models.load(pretrained_dir, objective=objective), rows_BL, seed)
+        )
         ar_nll = None if source_dir is None else autoregressive_nll(source_dir, rows_BL, device)
         summary["text"] = text_summary(nats_B, pretrained_B, baseline[1], ar_nll, tokens=rows_BL[:, 1:].numel())
     output_dir.mkdir(parents=True, exist_ok=True)

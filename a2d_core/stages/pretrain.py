@@ -23,6 +23,7 @@ def run(
     seed: int = 0,
     processes: int = 1,
     resume_from: str | None = None,
+    objective: str | None = None,
 ) -> dict[str, Any]:
     """Train on `config.dataset`; write `metrics.jsonl`, `checkpoint-N` and `checkpoint-final` below `output_dir`.
 
@@ -30,7 +31,9 @@ def run(
     Returns the held-out NELBO (nats per token), tokens per second, steps, peak memory, and how many documents were
     dropped for which reason.
     """
-    return training.run("pretrain", config, model_dir, output_dir, seed=seed, processes=processes, resume_from=resume_from)
+    return training.run(
+        "pretrain", config, model_dir, output_dir, seed=seed, processes=processes, resume_from=resume_from, objective=objective
+    )
 
 
 def prepare(config: TrainConfig, model: DiffusionModel, seed: int) -> tuple[Any, Dataset, trainer.Fill, dict[str, Any]]:

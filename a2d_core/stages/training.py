@@ -12,7 +12,15 @@ from a2d_core.stages import checks
 
 
 def run(
-    stage: str, config: TrainConfig, model_dir: str | Path, output_dir: str | Path, *, seed: int, processes: int, resume_from: str | None
+    stage: str,
+    config: TrainConfig,
+    model_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    seed: int,
+    processes: int,
+    resume_from: str | None,
+    objective: str | None,
 ) -> dict[str, Any]:
     """Train in each of `processes` processes on the rows that the stage's module prepares; return what the first one returns."""
     checks.room_for_checkpoints(config, model_dir, output_dir)
@@ -23,12 +31,15 @@ def run(
         "output_dir": str(output_dir),
         "seed": seed,
         "resume_from": resume_from,
+        "objective": objective,
     }
     with checks.memory_advice(stage, config):
         return launch.run("a2d_core.stages.training:work", call, processes=processes)
 
 
-def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, seed: int, resume_from: str | None) -> dict[str, Any]:
+def work(
+    stage: str, values: dict[str, Any], model_dir: str, output_dir: str, seed: int, resume_from: str | None, objective: str | None
+) -> dict[str, Any]:
     """What each process does; `prepare` of the stage's module makes the rows, and says how they are filled."""
     import torch
     from accelerate import PartialState
@@ -36,7 +47,7 @@ def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, se
     from a2d_core import data, models, trainer
 
     config = build(TrainConfig, values, stage)
-    model = models.load(model_dir, dtype=torch.float32)
+    model = models.load(model_dir, objective=objective, dtype=torch.float32)
     trainer.check_fits(model, config)
     with PartialState().main_process_first():  # the others find what the first has cached
         train_rows, eval_rows, fill, facts = import_module(f"a2d_core.stages.{stage}").prepare(config, model, seed)
