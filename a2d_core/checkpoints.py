@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def load_network(
         network, told = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, use_safetensors=None if allow_pickle else True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(_why_not_loaded(path, error)) from error
     missing = sorted(told["missing_keys"])
     require(
@@ -54,6 +55,8 @@ def load_network(
 
 def read_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> transformers.PreTrainedConfig:
     """The configuration at `path`, that of a published A2D checkpoint in the terms of transformers."""
+    if (Path(path) / "config.json").is_file():
+        _read_json(Path(path) / "config.json")
     try:
         values, _ = transformers.PreTrainedConfig.get_config_dict(path, revision=revision)
         if values.get("model_type") in published.FAMILIES:
@@ -86,10 +89,7 @@ def _look_at_files(folder: Path, allow_pickle: bool) -> None:
     shards = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            named = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"'{index}' is damaged ({error}): {_AGAIN}") from None
+        named = {folder / name for name in _read_json(index).get("weight_map", {}).values()}
         absent = sorted(path.name for path in named if not path.is_file())
         require(not absent, f"'{folder}' lacks {', '.join(absent)}, which {index.name} names: {_AGAIN}")
         shards = sorted(named)
@@ -109,6 +109,15 @@ def _look_at_files(folder: Path, allow_pickle: bool) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(f"'{path}' is damaged ({error}): {_AGAIN}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"'{path}' is damaged ({error}): {_AGAIN}") from None
+    require(isinstance(values, dict), f"'{path}' is damaged (it holds no names with values): {_AGAIN}")
+    return dict(values)
 
 
 def _load_tokenizer(path: str, config: Any, options: dict[str, Any]) -> PreTrainedTokenizerBase:

@@ -55,7 +55,7 @@ SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2}  # the last two tak
 PADDED_POSITIONS = {"max_position_embeddings": 512}  # their embedding has a row for the padding token's id
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys("axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa".split(), LATENT),
-    **dict.fromkeys("longcat_flash minicpm3 youtu".split(), LATENT),
+    **dict.fromkeys("minicpm3 youtu".split(), LATENT),
     **dict.fromkeys("camembert data2vec-text roberta roberta-prelayernorm xglm xlm-roberta xlm-roberta-xl xmod".split(), PADDED_POSITIONS),
     "codegen": {"rotary_dim": 4},
     "bamba": {"mamba_n_heads": 4},
@@ -79,6 +79,7 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"mamba_n_heads": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {**LATENT, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 32},
     "mamba2": {"num_heads": 8},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "qwen2": {"tie_word_embeddings": True},

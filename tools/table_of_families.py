@@ -1,7 +1,7 @@
 """Try every causal language model of transformers, tiny and random, and write which of them can be converted: docs/FAMILIES.md.
 
-python tools/families.py                  # all of them
-python tools/families.py qwen3 gpt2       # some, to the terminal alone
+python tools/table_of_families.py                  # all of them
+python tools/table_of_families.py qwen3 gpt2       # some, to the terminal alone
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ proofs of `a2d_core/conversion.py`, for each attention kernel that the family ha
 that a user is told. The proofs run on every model that is converted, so that a checkpoint whose layers are of another kind than
 in this table is refused too.
 
-Written on {date} by `python tools/families.py`, with transformers {transformers} and torch {torch}: run it again to renew this page.
+Written on {date} by `python tools/table_of_families.py`, with transformers {transformers} and torch {torch}: run it again to
+renew this page.
 
 **{supported} supported, {refused} refused.**
 
