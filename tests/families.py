@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 
 from a2d_core import embedded
 from a2d_core.config import OBJECTIVES, ConvertConfig
+from a2d_core.checkpoints import refuse_unsupported
 from a2d_core.conversion import convert
 from a2d_core.models import DiffusionModel, Spec
 
@@ -120,8 +121,10 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
 
 def network(family: str = "qwen3", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random network of the family; weights large enough for logits that differ clearly between tokens."""
+    config = tiny_config(family, **changes)
+    refuse_unsupported(config)  # a model made of several would not be tiny
     torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(tiny_config(family, **changes)).eval()
+    made = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for weight in made.parameters():
             if weight.dim() > 1:
