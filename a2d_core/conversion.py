@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from a2d_core.attention import Slots, may_attend
-from a2d_core.checkpoints import load_network
 from a2d_core.config import ConvertConfig, UserError, require
 from a2d_core.models import DiffusionModel, Spec, published_mask_token
+from a2d_core.reading import load_network
 
 KERNELS = ("sdpa", "eager")
 """Attention kernels of which a family is proved; FlexAttention computes the same masks, and is compared with these in the tests."""

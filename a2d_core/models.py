@@ -24,10 +24,10 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from a2d_core import objectives, published
 from a2d_core.attention import Slots, network_mask
-from a2d_core.checkpoints import load_network, read_config
 from a2d_core.config import OBJECTIVES, UserError, require
 from a2d_core.loss import Head, weighted_cross_entropy
 from a2d_core.objectives import Layout, Objective
+from a2d_core.reading import load_network, read_config
 
 KNOWN_MASKS = 4
 """Attention masks that are kept to be used again."""

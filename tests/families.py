@@ -12,9 +12,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 
 from a2d_core import embedded
 from a2d_core.config import OBJECTIVES, ConvertConfig
-from a2d_core.checkpoints import refuse_unsupported
 from a2d_core.conversion import convert
 from a2d_core.models import DiffusionModel, Spec
+from a2d_core.reading import refuse_unsupported
 
 COMMON = {
     "vocab_size": 100,

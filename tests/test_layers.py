@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["config", "noise", "loss"],
     ["attention", "objectives", "store", "launch", "presets", "follow", "published"],
-    ["checkpoints", "models", "conversion", "embedded", "data", "tracking", "tasks"],
+    ["reading", "models", "conversion", "embedded", "data", "tracking", "tasks"],
     ["likelihood", "sampling"],
     ["trainer", "harness", "pyfunc_model", "registry", "chat"],
     ["stages"],
@@ -22,7 +22,7 @@ LAYERS = [
 ORDER = [room for layer in LAYERS for room in layer]
 FILES = sorted((ROOT / "a2d_core").rglob("*.py"))
 NUMERIC_CORE = [
-    "config", "noise", "objectives", "attention", "checkpoints", "models", "conversion", "loss", "likelihood", "sampling", "trainer",
+    "config", "noise", "objectives", "attention", "reading", "models", "conversion", "loss", "likelihood", "sampling", "trainer",
     "launch", "chat",
 ]  # fmt: skip
 QUICK = ["config", "presets", "launch", "store", "follow", "published", "tracking", "stages.checks", "commands", "__main__"]

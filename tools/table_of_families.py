@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import families  # noqa: E402
 
-from a2d_core import checkpoints, conversion, embedded, models  # noqa: E402
+from a2d_core import conversion, embedded, models, reading  # noqa: E402
 from a2d_core.config import ConvertConfig, UserError  # noqa: E402
 
 
@@ -30,7 +30,7 @@ def examine(family: str) -> tuple[str, str]:
     """(`supported`, what it has) or (`refused`, why); `broken`, with the error, where neither is shown: that is a fault of ours."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            checkpoints.refuse_unsupported(families.tiny_config(family))
+            reading.refuse_unsupported(families.tiny_config(family))
             return "supported", convert(family, Path(folder))
         except UserError as error:
             return "refused", str(error).replace(f"'{folder}/source'", "the checkpoint")

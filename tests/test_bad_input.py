@@ -12,7 +12,7 @@ from families import network
 from safetensors.torch import load_file, save_file
 
 from a2d_core import __main__ as cli
-from a2d_core import checkpoints, conversion, embedded, models
+from a2d_core import conversion, embedded, models, reading
 from a2d_core.config import ConvertConfig, UserError
 
 
@@ -139,4 +139,4 @@ def test_several_models_in_one_are_refused_by_name():
     from transformers import CONFIG_MAPPING
 
     with pytest.raises(UserError, match=r"'gemma3' is made of several models \(text_config, vision_config\)"):
-        checkpoints.refuse_unsupported(CONFIG_MAPPING["gemma3"]())
+        reading.refuse_unsupported(CONFIG_MAPPING["gemma3"]())
