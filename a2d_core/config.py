@@ -22,11 +22,16 @@ from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 OBJECTIVES = ("mdlm", "bd3lm")
+STRATEGIES = ("ddp", "fsdp2", "zero2")
 T = TypeVar("T")
 
 
 class UserError(ValueError):
     """A mistake that the user can mend: the message names the value that was given and the remedy."""
+
+
+class StoppedError(RuntimeError):
+    """Training was told to stop, and has saved what it had: the message says how to go on."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -39,6 +44,15 @@ def check_objective(objective: str) -> str:
     """Return `objective`, or raise `UserError` where it is not one of `OBJECTIVES`."""
     require(objective in OBJECTIVES, f"unknown objective '{objective}': choose one of {', '.join(OBJECTIVES)}")
     return objective
+
+
+def check_strategy(strategy: str) -> str:
+    """Return `strategy`, or raise `UserError` where it is neither one of `STRATEGIES` nor named like a configuration file."""
+    require(
+        strategy in STRATEGIES or strategy.endswith((".yaml", ".yml", ".json")),
+        f"unknown strategy '{strategy}': choose one of {', '.join(STRATEGIES)}, or give the path of an accelerate configuration (.yaml)",
+    )
+    return strategy
 
 
 @dataclass(frozen=True)
@@ -176,6 +190,8 @@ class TrainConfig:
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm where it is larger."""
+    explode_factor: float = 1000.0
+    """Stop where the gradient's norm exceeds both max_grad_norm and the median of the logged norms this many times; 0 never does."""
     adam_beta2: float = 0.999
     """Second-moment decay of AdamW."""
     views: int = 1
@@ -200,6 +216,14 @@ class TrainConfig:
     """Attention kernels; `auto` is FlexAttention on CUDA, which skips what nobody sees, and else the model's own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the network's layers with torch.compile, which takes a minute at first; it needs a C++ compiler."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on the linear layers, with all else frozen but the mask token's embedding; 0 trains all weights."""
+    lora_alpha: float = 32.0
+    """The adapters' output is scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the linear layers that get adapters, such as q_proj; empty: all of them but the output embedding."""
     eval_every: float = 0.1
     """Evaluate after this fraction of the steps (1 or more: after so many steps)."""
     save_every: float = 0.1
@@ -227,6 +251,7 @@ class TrainConfig:
         require(self.max_steps == -1 or self.max_steps >= 1, f"max_steps must be -1 (use epochs) or at least 1, not {self.max_steps}")
         require(self.epochs > 0, f"epochs must be above 0, not {self.epochs}")
         require(self.learning_rate > 0, f"learning_rate must be above 0, not {self.learning_rate}")
+        require(self.explode_factor >= 0, f"explode_factor must be 0 (let every finite norm pass) or above, not {self.explode_factor}")
         require(0 <= self.warmup_ratio < 1, f"warmup_ratio must lie in [0, 1), not {self.warmup_ratio}")
         require(0 < self.eval_fraction < 1, f"eval_fraction must lie in (0, 1), not {self.eval_fraction}")
         require(0 < self.t_min < self.t_max <= 1, f"0 < t_min < t_max <= 1 must hold, not t_min={self.t_min}, t_max={self.t_max}")
@@ -235,7 +260,9 @@ class TrainConfig:
             f"complementary=true pairs the times t and 1 - t: it needs an even number of views, not {self.views}, "
             f"schedule=linear, not {self.schedule}, and t_max=1, not {self.t_max}",
         )
-        for name in ("eval_every", "save_every"):
+        require(self.lora_rank >= 0, f"lora_rank must be 0 (train all weights) or more, not {self.lora_rank}")
+        require(self.lora_rank > 0 or not self.lora_targets, "lora_targets needs LoRA adapters: set lora_rank to 16, say")
+        for name in ("eval_every", "save_every", "lora_alpha"):
             require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
         require(
             (self.prompt_field is None) == (self.response_field is None),
@@ -378,6 +405,8 @@ class StepCompute:
     """Disk in MiB, for checkpoints; None keeps the platform's default."""
     processes: int = 1
     """Training processes on the node: one per GPU."""
+    strategy: str = "ddp"
+    """How the processes share the training: ddp, fsdp2, zero2, or the path of an accelerate configuration."""
     retries: int = 0
     """How often a failed step is tried again."""
     minutes_between_retries: int = 2
@@ -394,6 +423,7 @@ class StepCompute:
             self.gpu == 0 or self.processes <= self.gpu,
             f"compute asks for {self.processes} processes on {self.gpu} GPUs: give each process a GPU of its own",
         )
+        check_strategy(self.strategy)
 
 
 @dataclass(frozen=True)

@@ -43,13 +43,11 @@ def nelbo(
     samples: int,
     seed: int,
     rows_B: Tensor | None = None,
-    forward: Callable[[Layout], tuple[Tensor, Tensor]] | None = None,
 ) -> Estimate:
     """Monte Carlo estimate of the NELBO over the full range of t, of the maskable tokens given all others.
 
     Each sample masks n of a block's M scored tokens, n uniform on 1..M, and weights by M / n. The noise of a
     row depends on `seed` and its number in `rows_B` (default: its place) alone: not on batch size or order.
-    `forward` is called in place of the model where that is wrapped for distributed evaluation.
     Source: MDLM (arXiv 2406.07524, eq. 10); the count form: MDM as any-order autoregression (arXiv 2410.14157).
     """
     maskable_BT = streams.is_maskable_BT
@@ -59,7 +57,7 @@ def nelbo(
     for start in range(0, samples, VIEWS_PER_PASS):
         views = slice(start, start + VIEWS_PER_PASS)
         layout = model.objective.layout(streams, is_masked_KBT[views], weight_KBT[views])
-        nats_KBT[views].view(-1).index_add_(0, layout.token_M, (forward or model)(layout)[1] * layout.weight_M)
+        nats_KBT[views].view(-1).index_add_(0, layout.token_M, model(layout)[1] * layout.weight_M)
     nats_KB = nats_KBT.sum(-1)
     spread_B = nats_KB.std(0) if samples > 1 else torch.full_like(nats_KB[0], torch.nan)
     return Estimate(nats_KB.mean(0), nats_KBT.mean(0), spread_B / samples**0.5, maskable_BT.sum(1))

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -73,6 +75,7 @@ class DiffusionModel(nn.Module):
         self.stored_dtype = network.dtype
         """Precision of the checkpoint on disk, which training in float32 returns to."""
         self._known_masks: dict[Hashable, Any] = {}
+        self._no_split_modules = network._no_split_modules  # the layers, by which FSDP shares out the weights
 
     @property
     def device(self) -> torch.device:
@@ -124,9 +127,9 @@ class DiffusionModel(nn.Module):
         The head runs at those positions only, and the loss inside this forward, so that DDP and FSDP see every use of a weight.
         """
         hidden_MH = self.hidden(layout.input_ids_BS, layout.slots, key=layout.key).flatten(0, 1)[layout.source_M]
-        output = self.network.get_output_embeddings()
+        weight_VH, bias_V = self._output_embedding(with_mask_token=not exclude_mask_token)
         head = self.head if exclude_mask_token else dataclasses.replace(self.head, excluded_token=None)
-        return weighted_cross_entropy(hidden_MH, output.weight, getattr(output, "bias", None), layout.target_M, layout.weight_M, head)
+        return weighted_cross_entropy(hidden_MH, weight_VH, bias_V, layout.target_M, layout.weight_M, head)
 
     @property
     def head(self) -> Head:
@@ -167,8 +170,7 @@ class DiffusionModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] in float32, as the network computes them; the mask token's is -inf."""
-        output = self.network.get_output_embeddings()
-        return self.head.logits(hidden, output.weight, getattr(output, "bias", None))
+        return self.head.logits(hidden, *self._output_embedding())
 
     def set_attention(self, implementation: str) -> None:
         """Choose the attention kernels: `sdpa`, `eager` or `flex_attention`; `auto` is FlexAttention on CUDA, where the family has it.
@@ -188,10 +190,15 @@ class DiffusionModel(nn.Module):
             raise UserError(f"{type(self.network).__name__} cannot run attention={implementation}: {error}") from None
 
     def save(self, directory: str | Path, stage: dict[str, Any] | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write a checkpoint directory; `stage` is appended to the chain of stages that made it."""
+        """Write a checkpoint directory, or where there are LoRA adapters, theirs; `stage` is appended to the chain of stages."""
         spec = dataclasses.replace(self.spec, chain=(*self.spec.chain, stage)) if stage else self.spec
         self.network.config.a2d = dataclasses.asdict(spec)
-        self.network.save_pretrained(directory, state_dict=state_dict)
+        if self.has_adapters:
+            from a2d_core import lora  # peft takes its time to import
+
+            lora.save(self.network, directory, state_dict)
+        else:
+            self.network.save_pretrained(directory, state_dict=state_dict)
         self.tokenizer.save_pretrained(directory)
 
     def export(self, directory: str | Path) -> None:
@@ -205,6 +212,44 @@ class DiffusionModel(nn.Module):
         values = json.loads(path.read_text(encoding="utf-8"))
         values.update({key: renamed[key] for key in ("model_type", "architectures")})
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether LoRA adapters are in the network, beside its frozen weights."""
+        return hasattr(self.network, "peft_config")
+
+    def checkpoint_activations(self, *, are_compiled: bool = False) -> None:
+        """Keep only the input of each layer for the backward pass, which computes the rest again, with the same attention kernel.
+
+        `are_compiled`: the layers will be; then the kernel is the compiled code's own, and no context can be given.
+        """
+
+        def kernels() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return nullcontext(), attention_kernel(self.device)
+
+        options = {"use_reentrant": False} if are_compiled else {"use_reentrant": False, "context_fn": kernels}
+        enable = getattr(self.network, "activation_checkpointing_enable", self.network.gradient_checkpointing_enable)  # the older name
+        enable(options)
+
+    def compile_layers(self) -> None:
+        """Compile each layer in place: names of weights stay, layers of one class share their code, and so do rows of any length.
+
+        Raises `UserError` where there is no C++ compiler, which torch.compile needs on a CPU and on a GPU.
+        """
+        compilers = [os.environ.get("CXX"), "g++", "clang++"]
+        require(
+            any(shutil.which(name) for name in filter(None, compilers)), "compile=true needs a C++ compiler: install g++, or leave it out"
+        )
+        kinds = set(self.network._no_split_modules or ())
+        for layer in self.network.modules():
+            if type(layer).__name__ in kinds:
+                layer.compile(dynamic=True)
+
+    def _output_embedding(self, with_mask_token: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Weight [V, H] and bias [V] of the output embedding; of a frozen one, with the mask token's trained row only if asked for."""
+        output = self.network.get_output_embeddings()
+        frozen = getattr(output, "original_module", output)  # behind peft's wrapper, whose weight is a copy at every use
+        return (output if with_mask_token else frozen).weight, getattr(frozen, "bias", None)
 
     def _masks(self, query: Slots, key: Slots) -> Any:
         config = self.network.config
@@ -240,14 +285,53 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    base: str | Path | None = None,
 ) -> DiffusionModel:
     """Load a diffusion checkpoint from a directory or the Hub, also one in the published A2D format (`published`).
 
-    `objective`: what it has to be for; published checkpoints do not say it, and need it. Raises `UserError` where there is
-    none, where it is a plain autoregressive one, or one for another objective.
+    LoRA adapters are merged into `base`, or else the model they name. `objective`: what it has to be for; published
+    checkpoints do not say it, and need it. Raises `UserError` where there is none, where it is a plain autoregressive one, or
+    one for another objective.
     """
+    if (Path(path) / "adapter_config.json").is_file():
+        return _load_adapters(path, base, objective=objective, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     network, tokenizer = load_network(str(path), dtype or "auto", trust_remote_code=trust_remote_code)
-    entry = getattr(network.config, "a2d", None)
+    entry = _entry(network.config, path, objective)
+    is_published = "mask_token_id" not in entry
+    if is_published:
+        entry["mask_token_id"] = published_mask_token(network, tokenizer)
+    model = DiffusionModel(network, tokenizer, Spec(**entry))
+    for token in published.ENDS_OF_TURN if is_published else ():
+        if token in tokenizer.get_vocab():
+            model.stop_at(tokenizer.convert_tokens_to_ids(token))
+    model.stored_dtype = read_config(str(path), trust_remote_code=trust_remote_code).dtype or network.dtype
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def _load_adapters(path: str | Path, base: str | Path | None, *, trust_remote_code: bool, **options: Any) -> DiffusionModel:
+    """The model that the LoRA adapters at `path` were trained on, with them merged into its weights."""
+    from a2d_core import lora  # peft takes its time to import
+
+    base = base or lora.base_of(path)
+    require(
+        Path(base).is_dir() or not Path(base).is_absolute(),
+        f"the adapters in '{path}' were trained on '{base}', which is not there: say where it is now with "
+        f"python -m a2d_core merge --model {path} --base DIR --output-dir DIR",
+    )
+    spec = Spec(**_entry(read_config(str(path), trust_remote_code=trust_remote_code), path, options["objective"]))
+    model = load(base, trust_remote_code=trust_remote_code, **{**options, "objective": spec.objective})
+    require(
+        spec.chain[:-1] == model.spec.chain,
+        f"the adapters in '{path}' were not trained on '{base}': its history of stages is another. Give the right model with --base",
+    )
+    lora.merge(model.network, path)
+    model.network.name_or_path, model.spec = str(path), spec
+    return model
+
+
+def _entry(config: Any, path: str | Path, objective: str | None) -> dict[str, Any]:
+    """The `a2d` entry of a configuration, as arguments of `Spec`; that of a published checkpoint lacks the mask token's id."""
+    entry = getattr(config, "a2d", None)
     if not isinstance(entry, dict):
         raise UserError(
             f"'{path}' is not a diffusion checkpoint: its config.json has no 'a2d' entry. Convert it first: "
@@ -256,15 +340,7 @@ def load(
     found = entry["objective"] or objective
     require(bool(found), f"'{path}' does not say what it was trained for: add --objective {' or --objective '.join(OBJECTIVES)}")
     require(objective in (None, found), f"'{path}' is a checkpoint for {found}, not for {objective}: ask for {found}")
-    is_published = entry["objective"] is None
-    if is_published:
-        entry = {**entry, "objective": found, "mask_token_id": published_mask_token(network, tokenizer)}
-    model = DiffusionModel(network, tokenizer, Spec(**{**entry, "chain": tuple(entry["chain"])}))
-    for token in published.ENDS_OF_TURN if is_published else ():
-        if token in tokenizer.get_vocab():
-            model.stop_at(tokenizer.convert_tokens_to_ids(token))
-    model.stored_dtype = read_config(str(path), trust_remote_code=trust_remote_code).dtype or network.dtype
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return {**entry, "objective": found, "chain": tuple(entry["chain"])}
 
 
 def published_mask_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["config", "noise", "loss"],
-    ["attention", "objectives", "store", "launch", "presets", "follow", "published"],
-    ["reading", "models", "conversion", "embedded", "data", "tracking", "tasks"],
+    ["attention", "objectives", "store", "strategies", "launch", "presets", "checkpoints", "follow", "published"],
+    ["reading", "lora", "models", "conversion", "embedded", "data", "tracking", "tasks"],
     ["likelihood", "sampling"],
-    ["trainer", "harness", "pyfunc_model", "registry", "chat"],
+    ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat"],
     ["stages"],
     ["commands"],
     ["__main__"],
@@ -22,11 +22,36 @@ LAYERS = [
 ORDER = [room for layer in LAYERS for room in layer]
 FILES = sorted((ROOT / "a2d_core").rglob("*.py"))
 NUMERIC_CORE = [
-    "config", "noise", "objectives", "attention", "reading", "models", "conversion", "loss", "likelihood", "sampling", "trainer",
-    "launch", "chat",
-]  # fmt: skip
-QUICK = ["config", "presets", "launch", "store", "follow", "published", "tracking", "stages.checks", "commands", "__main__"]
-PIPELINE = {"metaflow", "mlflow", "datasets", "lm_eval"}
+    "config",
+    "noise",
+    "objectives",
+    "attention",
+    "reading",
+    "models",
+    "conversion",
+    "loss",
+    "likelihood",
+    "sampling",
+    "guard",
+    "trainer",
+    "launch",
+    "chat",
+]
+QUICK = [
+    "config",
+    "presets",
+    "strategies",
+    "launch",
+    "store",
+    "checkpoints",
+    "follow",
+    "published",
+    "tracking",
+    "stages.checks",
+    "commands",
+    "__main__",
+]
+PIPELINE = {"peft", "metaflow", "mlflow", "datasets", "lm_eval"}
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "pandas"} | PIPELINE
 
 
