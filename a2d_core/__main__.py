@@ -98,6 +98,14 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--processes", type=int, metavar="N", help="processes on this machine, one per GPU (default: the preset's)")
     evaluate.add_argument("--source", metavar="DIR", help="the autoregressive model, for its own loss on the same text")
 
+    export = group.add_parser(
+        "export", help="write a checkpoint in the published A2D format", description="Write a checkpoint in the published A2D format."
+    )
+    _model(export)
+    export.add_argument("--format", choices=("a2d",), default="a2d", help="a2d: model types a2d-qwen2, a2d-qwen3 and a2d-llama (default)")
+    _output(export)
+    export.set_defaults(run=commands.export)
+
     merge = group.add_parser(
         "merge", help="merge LoRA adapters into their model", description="Merge LoRA adapters into the model they were trained on."
     )
@@ -187,7 +195,7 @@ def _model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model", required=True, metavar="DIR", help="diffusion checkpoint: a directory that convert, pretrain or sft has made"
     )
-    command.add_argument("--objective", choices=OBJECTIVES, help="only for a model on the Hub; a directory says what it is")
+    command.add_argument("--objective", choices=OBJECTIVES, help="only for a model that does not say it: on the Hub, or a published one")
 
 
 def _fields(command: str) -> str:

@@ -79,11 +79,18 @@ class Chat:
 
 
 def run(
-    config: SampleConfig, model_dir: str | Path, *, raw: bool = False, forget: bool = False, seed: int = 0, source: TextIO | None = None
+    config: SampleConfig,
+    model_dir: str | Path,
+    *,
+    raw: bool = False,
+    forget: bool = False,
+    seed: int = 0,
+    objective: str | None = None,
+    source: TextIO | None = None,
 ) -> None:
     """Load a checkpoint and chat until /quit or the end of `source` (default: the terminal, or what is piped in)."""
     source = source or sys.stdin
-    conversation = Chat(models.load(model_dir), config, raw=raw, forget=forget, seed=seed)
+    conversation = Chat(models.load(model_dir, objective=objective), config, raw=raw, forget=forget, seed=seed)
     is_terminal = source.isatty()
     if is_terminal:
         print(f"{model_dir}: {HELP}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import launch, presets, strategies, tracking
-from a2d_core.config import STAGES, Recipe, TrackingConfig, UserError, build, parse_override, parse_sources, require, to_dict
+from a2d_core.config import OBJECTIVES, STAGES, Recipe, TrackingConfig, UserError, build, parse_override, parse_sources, require, to_dict
 from a2d_core.follow import Follower
 from a2d_core.stages import checks
 
@@ -73,6 +73,7 @@ def train(args: argparse.Namespace) -> None:
             strategy=strategy,
             nodes=nodes,
             resume_from=resume_from,
+            objective=recipe.objective,
         )
         if is_main and args.mlflow is not None:
             tracking.log_numbers(result)
@@ -87,7 +88,7 @@ def sample(args: argparse.Namespace) -> None:
     with _work(args, recipe, inputs=(args.model, args.prompts)) as output_dir:
         from a2d_core.stages import sample as stage
 
-        result = stage.run(recipe.sample, args.model, output_dir, seed=recipe.seed)
+        result = stage.run(recipe.sample, args.model, output_dir, seed=recipe.seed, objective=recipe.objective)
         if args.mlflow is not None:
             tracking.log_samples(result["samples"])
     for row in result["samples"]:
@@ -102,7 +103,7 @@ def chat(args: argparse.Namespace) -> None:
     from a2d_core import chat as terminal
 
     with checks.memory_advice("sample", recipe.sample):
-        terminal.run(recipe.sample, args.model, raw=args.raw, forget=args.forget, seed=recipe.seed)
+        terminal.run(recipe.sample, args.model, raw=args.raw, forget=args.forget, seed=recipe.seed, objective=recipe.objective)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -126,6 +127,7 @@ def evaluate(args: argparse.Namespace) -> None:
             processes=recipe.compute.generate.processes if args.processes is None else args.processes,
             baseline_dir=args.baseline,
             source_dir=args.source,
+            objective=recipe.objective,
         )
         if args.mlflow is not None:
             tracking.log_evaluation(result, output_dir)
@@ -135,6 +137,15 @@ def evaluate(args: argparse.Namespace) -> None:
     if result["text"]:
         _tell(result["text"])
     print(f"\nall of it is in {output_dir}/results.json")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write a checkpoint in the published A2D format."""
+    output_dir = checks.output_directory(args.output_dir, overwrite=args.overwrite, inputs=(args.model,))
+    from a2d_core import models
+
+    models.load(args.model, objective=args.objective, device="cpu").export(output_dir)
+    print(f"{output_dir} is in the published A2D format")
 
 
 def merge(args: argparse.Namespace) -> None:
@@ -240,7 +251,11 @@ def _resolve_for_model(args: argparse.Namespace, options: Sequence[str | None]) 
             bool(args.objective), f"there is no directory '{model}': give a checkpoint directory; for a model on the Hub, add --objective"
         )
         return _resolve(args, args.objective, options)
-    objective = spec["objective"]
+    objective = spec["objective"] or args.objective
+    require(
+        bool(objective),
+        f"'{model}' does not say what it was trained for: add --objective {' or --objective '.join(OBJECTIVES)}",
+    )
     require(
         args.objective in (None, objective),
         f"--objective {args.objective}: '{model}' is a checkpoint for {objective}, so leave the option out",

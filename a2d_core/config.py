@@ -73,6 +73,8 @@ class ConvertConfig:
     """Precision of the saved weights; `auto` keeps that of the source."""
     trust_remote_code: bool = False
     """Run Python code that comes with a Hub model."""
+    allow_pickle: bool = False
+    """Read weights that are pickles, which can run code, where there are none in safetensors."""
 
     def __post_init__(self) -> None:
         require(self.block_size >= 1, f"convert.block_size must be at least 1, not {self.block_size}")

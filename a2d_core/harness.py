@@ -95,7 +95,7 @@ class DiffusionLM(TemplateLM):
         if isinstance(pretrained, DiffusionModel):
             self.model = pretrained.to(device) if device else pretrained
         else:
-            self.model = models.load(pretrained, device=device, trust_remote_code=trust_remote_code)
+            self.model = models.load(pretrained, objective=self.objective, device=device, trust_remote_code=trust_remote_code)
         found = self.model.spec.objective
         require(
             self.objective in (None, found),

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["config", "noise", "loss"],
-    ["attention", "objectives", "store", "strategies", "launch", "presets", "checkpoints", "follow", "gate", "review"],
-    ["lora", "models", "embedded", "data", "tracking", "tasks"],
+    ["attention", "objectives", "store", "strategies", "launch", "presets", "checkpoints", "follow", "published", "gate", "review"],
+    ["reading", "lora", "models", "conversion", "embedded", "data", "tracking", "tasks"],
     ["likelihood", "sampling", "scoring"],
     ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat"],
     ["stages"],
@@ -26,7 +26,9 @@ NUMERIC_CORE = [
     "noise",
     "objectives",
     "attention",
+    "reading",
     "models",
+    "conversion",
     "loss",
     "likelihood",
     "sampling",
@@ -50,6 +52,7 @@ QUICK = [
     "stages.checks",
     "stages.register",
     "plan",
+    "published",
     "commands",
     "__main__",
 ]

@@ -62,7 +62,7 @@ def prompts_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
 @settings(max_examples=25, deadline=None)
 @given(
     objective=st.sampled_from(["mdlm", "bd3lm"]),
-    family=st.sampled_from(["qwen3", "gpt2", "gemma3", "olmo2"]),
+    family=st.sampled_from(["qwen3", "gpt2", "gemma3_text", "olmo2"]),
     lengths=st.lists(st.integers(1, 14), min_size=1, max_size=6),
     steps=st.sampled_from([None, 1, 2, 3]),
     threshold=st.sampled_from([None, 0.5, 0.9]),

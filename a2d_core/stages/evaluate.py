@@ -47,6 +47,7 @@ def run(
     baseline_dir: str | Path | None = None,
     pretrained_dir: str | Path | None = None,
     source_dir: str | Path | None = None,
+    objective: str | None = None,
 ) -> dict[str, Any]:
     """Score the checkpoint at `model_dir`; write results.json (what is returned) and lm_eval.json (all that lm-eval says).
 
@@ -64,7 +65,7 @@ def run(
     paths = {"model_dir": model_dir, "output_dir": output_dir, "baseline_dir": baseline_dir}
     paths |= {"pretrained_dir": pretrained_dir, "source_dir": source_dir}
     call: Row = {name: None if path is None else str(path) for name, path in paths.items()}
-    call |= {"evaluate": to_dict(config), "sample": to_dict(sample), "seed": seed}
+    call |= {"evaluate": to_dict(config), "sample": to_dict(sample), "seed": seed, "objective": objective}
     return launch.run("a2d_core.stages.evaluate:work", call, processes=processes)
 
 
@@ -77,22 +78,25 @@ def work(
     baseline_dir: str | None,
     pretrained_dir: str | None,
     source_dir: str | None,
+    objective: str | None,
 ) -> Row:
     """What each process does; the first one writes."""
     config, sampler = build(EvaluateConfig, evaluate, "evaluate"), build(SampleConfig, sample, "sample")
     with PartialState().main_process_first():  # the others find what the first has cached
         loaded = tasks.load(config)
-    model = models.load(model_dir)
+    model = models.load(model_dir, objective=objective)
     rows_BL = held_out_rows(config, model, seed) if config.text_dataset else None
     results, nats_B = _score(config, sampler, model, loaded, rows_BL, seed)
     device = model.device
     del model
     baseline: tuple[Row | None, Tensor | None] = (None, None)
     if baseline_dir is not None:
-        baseline = _score(config, sampler, models.load(baseline_dir), loaded, rows_BL, seed)
+        baseline = _score(config, sampler, models.load(baseline_dir, objective=objective), loaded, rows_BL, seed)
     summary: Row = {"tasks": table(results, baseline[0]) if results else [], "text": None}
     if rows_BL is not None and nats_B is not None:
-        pretrained_B = None if pretrained_dir is None else score_text(config, models.load(pretrained_dir), rows_BL, seed)
+        pretrained_B = (
+            None if pretrained_dir is None else score_text(config, models.load(pretrained_dir, objective=objective), rows_BL, seed)
+        )
         ar_nll = None if source_dir is None else autoregressive_nll(source_dir, rows_BL, device)
         summary["text"] = text_summary(nats_B, pretrained_B, baseline[1], ar_nll, tokens=rows_BL[:, 1:].numel())
     if PartialState().is_main_process:

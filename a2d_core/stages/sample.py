@@ -13,12 +13,15 @@ from a2d_core import models, sampling
 from a2d_core.config import SampleConfig
 
 
-def run(config: SampleConfig, model_dir: str | Path, output_dir: str | Path, *, seed: int = 0) -> dict[str, Any]:
+def run(
+    config: SampleConfig, model_dir: str | Path, output_dir: str | Path, *, seed: int = 0, objective: str | None = None
+) -> dict[str, Any]:
     """Answer `config.prompts` and write `samples.jsonl` below `output_dir`.
 
     Each sample has its prompt, completion, `nfe` (network evaluations), `new_tokens`, and `tokens_per_second` of its batch.
+    `objective`: needed where the checkpoint does not say it.
     """
-    model = models.load(model_dir)
+    model = models.load(model_dir, objective=objective)
     prompts = [model.encode(prompt, chat=config.chat) for prompt in config.prompts]
     generator = torch.Generator(model.device).manual_seed(seed)
     started = time.perf_counter()

@@ -23,6 +23,7 @@ def run(
     strategy: str,
     nodes: launch.Nodes,
     resume_from: str | None,
+    objective: str | None,
 ) -> dict[str, Any]:
     """Train in each of `processes` processes on the rows that the stage's module prepares; return what the first one returns."""
     if resume_from:
@@ -35,13 +36,16 @@ def run(
         "output_dir": str(output_dir),
         "seed": seed,
         "resume_from": resume_from,
+        "objective": objective,
     }
     with checks.memory_advice(stage, config):
         facts = launch.run("a2d_core.stages.training:work", call, processes=processes, strategy=strategy, nodes=nodes)
     return {**facts, "weights_sha256": registry.digest(Path(output_dir, "checkpoint-final"))} if nodes.rank == 0 else facts
 
 
-def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, seed: int, resume_from: str | None) -> dict[str, Any]:
+def work(
+    stage: str, values: dict[str, Any], model_dir: str, output_dir: str, seed: int, resume_from: str | None, objective: str | None
+) -> dict[str, Any]:
     """What each process does; `prepare` of the stage's module makes the rows, and says how they are filled."""
     import torch
     from accelerate import PartialState
@@ -55,7 +59,7 @@ def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, se
         f"{stage}.lora_rank={config.lora_rank} does not fit strategy fsdp2: adapters are small, and ddp or zero2 trains them",
     )
     dtype = None if config.lora_rank else torch.float32  # frozen weights may stay as they are
-    model = models.load(model_dir, dtype=dtype, device="cpu" if is_sharded else None)  # a GPU gets its own part alone
+    model = models.load(model_dir, objective=objective, dtype=dtype, device="cpu" if is_sharded else None)  # a GPU gets its own part alone
     trainer.check_fits(model, config)
     with PartialState().main_process_first():  # the others find what the first has cached
         train_rows, eval_rows, fill, facts = import_module(f"a2d_core.stages.{stage}").prepare(config, model, seed)
