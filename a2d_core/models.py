@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from a2d_core import objectives
 from a2d_core.attention import Slots, network_mask
@@ -129,17 +129,18 @@ class DiffusionModel(nn.Module):
         input_ids_BQ: Tensor,
         slots: Slots,
         cached: Slots | None = None,
-        cache: DynamicCache | None = None,
+        cache: Cache | None = None,
         key: Hashable | None = None,
+        masks: Any = None,
     ) -> Tensor:
         """Final hidden states [B, Q, H]. With a cache, the queries also see the `cached` slots and are appended to it.
 
-        `key`: what the slots are known by; the mask of a key is made once.
+        `key`: what the slots are known by; the mask of a key is made once. `masks`: made already, by `masks`.
         """
         known = (key, self.network.dtype, self.device) if key else None
-        masks = self._known_masks.get(known)
+        masks = self._known_masks.get(known) if masks is None else masks
         if masks is None:
-            masks = self._masks(slots, cached.then(slots) if cached is not None else slots)
+            masks = self.masks(slots, cached.then(slots) if cached is not None else slots)
         if known:
             self._known_masks = dict([*self._known_masks.items(), (known, masks)][-KNOWN_MASKS:])
         with attention_kernel(self.device):
@@ -164,7 +165,8 @@ class DiffusionModel(nn.Module):
         self.network.save_pretrained(directory, state_dict=state_dict)
         self.tokenizer.save_pretrained(directory)
 
-    def _masks(self, query: Slots, key: Slots) -> Any:
+    def masks(self, query: Slots, key: Slots) -> Any:
+        """The attention mask in the form that the network takes, or one for each kind of layer."""
         config = self.network.config
         implementation = config._attn_implementation
         layers = set(getattr(config, "layer_types", None) or ())

@@ -12,7 +12,7 @@ LAYERS = [
     ["config", "noise", "loss"],
     ["attention", "objectives", "store", "launch", "presets", "follow"],
     ["models", "embedded", "data", "tracking", "tasks"],
-    ["likelihood", "sampling"],
+    ["likelihood", "cache", "policies", "sampling"],
     ["trainer", "harness", "pyfunc_model", "registry", "chat"],
     ["stages"],
     ["commands"],
@@ -21,7 +21,21 @@ LAYERS = [
 """Lowest first; a room imports from lower layers, and from those that stand before it in its own."""
 ORDER = [room for layer in LAYERS for room in layer]
 FILES = sorted((ROOT / "a2d_core").rglob("*.py"))
-NUMERIC_CORE = ["config", "noise", "objectives", "attention", "models", "loss", "likelihood", "sampling", "trainer", "launch", "chat"]
+NUMERIC_CORE = [
+    "config",
+    "noise",
+    "objectives",
+    "attention",
+    "models",
+    "loss",
+    "likelihood",
+    "cache",
+    "policies",
+    "sampling",
+    "trainer",
+    "launch",
+    "chat",
+]
 QUICK = ["config", "presets", "launch", "store", "follow", "tracking", "stages.checks", "commands", "__main__"]
 PIPELINE = {"metaflow", "mlflow", "datasets", "lm_eval"}
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "pandas"} | PIPELINE

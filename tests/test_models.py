@@ -58,7 +58,7 @@ def test_logits_at_chosen_positions_are_those_of_the_whole_network(family: str) 
 
 def test_a_network_that_stays_causal_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model = diffusion_model()
-    monkeypatch.setattr(model, "_masks", lambda query, key: None)
+    monkeypatch.setattr(model, "masks", lambda query, key: None)
     with pytest.raises(UserError, match=r"Qwen3ForCausalLM \(model_type 'qwen3'\) cannot be converted.*does not see a later one"):
         models.prove(model)
 
@@ -66,7 +66,7 @@ def test_a_network_that_stays_causal_is_refused_by_name(monkeypatch: pytest.Monk
 def test_a_leaking_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = diffusion_model()
     everything = lambda query, key: torch.ones(1, 1, query.position.shape[1], key.position.shape[1], dtype=torch.bool)  # noqa: E731
-    monkeypatch.setattr(model, "_masks", everything)
+    monkeypatch.setattr(model, "masks", everything)
     with pytest.raises(UserError, match="a leak"):
         models.prove(model)
 
