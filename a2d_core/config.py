@@ -185,9 +185,9 @@ class SampleConfig:
     block_size: int | None = None
     """mdlm: fill the canvas in blocks of this many tokens, left to right; None is one block. bd3lm: the checkpoint's own."""
     block_origin: Literal["document_start", "prompt_end"] = "document_start"
-    """bd3lm: blocks are counted from the first token, as in training, or from the end of the prompt (published left-padded ones)."""
+    """bd3lm: blocks begin at the first token, as in training, or at the end of the prompt, as published checkpoints have them."""
     policy: Literal["confidence", "margin", "entropy", "random"] = "confidence"
-    """Which masked positions go first: of the highest probability, the widest margin over the second token, the lowest entropy, or any."""
+    """What goes first: the highest probability, the widest margin between the best two tokens, the lowest entropy, or anything."""
     threshold: float | None = None
     """Also reveal every token whose probability reaches this; at least one token per evaluation is revealed."""
     entropy_budget: float | None = None
@@ -195,7 +195,7 @@ class SampleConfig:
     remasking: float = 0.0
     """Share of a block's revealed tokens that each evaluation masks again, the least confident first (arXiv 2503.00307)."""
     guidance: float = 0.0
-    """mdlm: w of classifier-free guidance, (1 + w) logits - w logits with the prompt masked; each evaluation counts twice."""
+    """mdlm: w of classifier-free guidance, (1 + w) logits - w (logits with the prompt masked); each evaluation counts twice."""
     temperature: float = 0.0
     """0 is greedy; above it, tokens are drawn from softmax(logits / temperature)."""
     top_p: float = 1.0
@@ -207,7 +207,7 @@ class SampleConfig:
     stop: tuple[str, ...] = ()
     """Texts that end an answer, which is cut before them."""
     cache: Literal["exact", "prefix", "dual"] = "exact"
-    """mdlm: `prefix` and `dual` are approximate: what lies before (or around) the block is computed once a block (arXiv 2505.22618)."""
+    """mdlm: `prefix` and `dual` are APPROXIMATE: what lies before (or around) a block is computed once for it (arXiv 2505.22618)."""
     batch_size: int = 32
     """Prompts that are generated at once."""
     cuda_graph: bool = False
@@ -230,12 +230,12 @@ class SampleConfig:
             f"threshold={self.threshold} and entropy_budget={self.entropy_budget} both say how many tokens to reveal: set one of them",
         )
         require(
-            self.remasking == 0 or (self.steps_per_block is not None and self.threshold is None and self.entropy_budget is None),
-            f"remasking={self.remasking} needs a fixed number of evaluations: set steps_per_block, and neither threshold nor entropy_budget",
+            self.remasking == 0 or (self.steps_per_block is not None and self.threshold is self.entropy_budget is None),
+            f"remasking={self.remasking} needs a fixed number of evaluations: set steps_per_block, but no threshold or entropy_budget",
         )
         require(
             self.guidance == 0 or self.cache == "exact",
-            f"guidance={self.guidance} has no {self.cache} cache: what is seen without the prompt would need one of its own. Use cache=exact",
+            f"guidance={self.guidance} cannot go with cache={self.cache}: what is seen without the prompt is not cached. Set cache=exact",
         )
 
 

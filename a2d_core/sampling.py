@@ -422,7 +422,7 @@ class _Sampler:
         """Propose a token for every open position, and reveal those that the policy picks; no more than `most` are open in a row."""
         column_RN = is_open_RA.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
         is_open_RN, position_RN, place_RN = (x.gather(1, column_RN) for x in (is_open_RA, stretch.position_RA, stretch.place_RA))
-        query_RN = (position_RN - self.shift - view.origin_R[:, None]).clamp(min=0)
+        query_RN = (position_RN - self.shift - view.origin_R[:, None]).clamp(0, hidden[0][1].shape[1] - 1)
         read = [(weight, x.gather(1, query_RN[:, :, None].expand(-1, -1, x.shape[-1])).flatten(0, 1)) for weight, x in hidden]
         early_M = None if stretch.early_RA is None else stretch.early_RA.gather(1, column_RN).flatten()
         keys = [x[:, None].expand_as(position_RN) for x in (stretch.number_R, self.nfe_R)] + [position_RN]

@@ -25,6 +25,8 @@ OBJECTIVES = ["mdlm", "bd3lm"]
 def double(objective: str, **options: object) -> DiffusionModel:
     model = diffusion_model(objective, **options).double()
     model.network.config.dtype = torch.float64
+    if options.get("family") == "qwen3_moe":
+        model.network.set_experts_implementation("eager")  # the grouped product takes no float64
     return model
 
 
@@ -120,18 +122,17 @@ HOW_MANY = st.one_of(
     lengths=st.lists(st.integers(1, 14), min_size=1, max_size=6),
     how_many=HOW_MANY,
     policy=st.sampled_from(["confidence", "margin", "entropy"]),
-    more=st.sampled_from([{}, {"block_size": 3}, {"min_new_tokens": 4}, {"suppressed_tokens": (5, 17, 60)}, {"origin": True}, {"guidance": 0.7}]),
+    more=st.sampled_from([
+        {}, {"block_size": 3}, {"min_new_tokens": 4}, {"suppressed_tokens": (5, 17, 60)}, {"block_origin": "prompt_end"}, {"guidance": 0.7},
+    ]),
     is_static=st.booleans(),
     seed=st.integers(0, 5),
 )  # fmt: skip
 def test_batched_and_cached_generation_equals_the_reference(
     objective: str, family: str, lengths: list[int], how_many: dict, policy: str, more: dict, is_static: bool, seed: int
 ) -> None:
-    more = dict(more)
-    if more.pop("origin", False):
-        more = {"block_origin": "prompt_end"} if objective == "bd3lm" else {}
-    if objective == "bd3lm":
-        more.pop("guidance", None)
+    refused = {"mdlm": "block_origin", "bd3lm": "guidance"}[objective]
+    more = {name: value for name, value in more.items() if name != refused}
     model = double(objective, family=family, seed=seed)
     config = replace(CONFIG, policy=policy, cuda_graph=is_static, **how_many, **more)
     prompts = prompts_of(lengths, seed)
@@ -277,7 +278,7 @@ def test_a_row_is_given_up_when_it_deviates_from_what_is_expected(objective: str
     free = sampling.generate(model, prompts, config)
     wanted = [list(free[0].tokens), [*free[1].tokens[:-1], 5], [token ^ 1 for token in free[2].tokens]]
     same, last, none = sampling.generate(model, prompts, config, expected=wanted)
-    assert same == free[0]
+    assert (same.tokens, same.nfe) == (free[0].tokens, free[0].nfe)
     assert last.tokens != wanted[1] and none.tokens != wanted[2]
     assert none.nfe == 1
 
@@ -335,7 +336,7 @@ def test_top_p_sorts_the_whole_vocabulary_where_the_first_tokens_do_not_make_it_
 
 
 @settings(max_examples=50, deadline=None)
-@given(weights=st.lists(st.sampled_from([0.0, 0.0, 1e-30, 0.3, 1.0, 7.0]), min_size=1, max_size=200), u=st.floats(0, 1, exclude_max=True))
+@given(weights=st.lists(st.sampled_from([0.0, 0.0, 1e-9, 0.3, 1.0, 7.0]), min_size=1, max_size=200), u=st.floats(0, 1, exclude_max=True))
 def test_a_draw_inverts_the_running_sum_and_never_takes_what_has_no_weight(weights: list[float], u: float) -> None:
     if sum(weights) == 0:
         weights[0] = 1.0
@@ -343,7 +344,8 @@ def test_a_draw_inverts_the_running_sum_and_never_takes_what_has_no_weight(weigh
     (index,), (total,) = policies.draw(weight, torch.tensor([u], dtype=torch.float32))
     assert weights[index] > 0 and total == pytest.approx(sum(weights))
     upto = torch.tensor(weights).double().cumsum(0)
-    assert upto[index] - weights[index] <= u * upto[-1] * (1 + 1e-5) and upto[index] >= u * upto[-1] * (1 - 1e-5)
+    slack = 1e-5 * float(upto[-1])
+    assert upto[index] - weights[index] - slack <= u * upto[-1] <= upto[index] + slack
 
 
 @pytest.mark.parametrize(("more", "bend"), [({}, 1.0), ({"temperature": 0.5}, 2.0)])
@@ -351,6 +353,7 @@ def test_draws_follow_the_softmax_though_the_vocabulary_is_read_in_chunks(more: 
     monkeypatch.setitem(policies.CHUNK, "cpu", 17)
     model = diffusion_model("mdlm")
     reader = policies.Reader(model, replace(CONFIG, **{"temperature": 1.0, **more}), seed=3)
+    model.requires_grad_(False)
     hidden = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)) * 0.05
     count = 40_000
     proposal = reader.read([(1.0, hidden.expand(count, -1))], None, (torch.arange(count),))
