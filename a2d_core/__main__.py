@@ -164,6 +164,7 @@ def _type_name(annotation: str) -> str:
         "bool": "true or false",
         "None": "none",
         "tuple[str, ...]": "list of texts",
+        "tuple[int, ...]": "list of integers",
     }
     return " or ".join(words[part] for part in annotation.split(" | "))
 
