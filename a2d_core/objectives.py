@@ -228,6 +228,10 @@ class Objective:
         """How far an active stretch that stops at `stop` sees in a row of length `end`."""
         return stop if self.block_size else end
 
+    def sees_behind(self, position: int, other: int, lead: int = 0) -> bool:
+        """Whether a position sees another one that lies behind it."""
+        return not self.block_size or (position + lead) // self.block_size == (other + lead) // self.block_size
+
     def check_sampling(self, config: SampleConfig) -> None:
         """Raise `UserError` where this objective cannot be sampled so."""
         if self.block_size is None:

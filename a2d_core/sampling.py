@@ -74,6 +74,8 @@ class Canvas:
     """How many positions before the first token blocks are counted from."""
     stretches: list[tuple[int, int]]
     """Where the active positions start and stop, one after the other."""
+    widest: int
+    """Positions that are filled in a whole stretch, which `steps_per_block` divides."""
     may_end: int
     """First position that a stop token may take."""
     stop: tuple[str, ...] = ()
@@ -155,7 +157,8 @@ def lay_out(
     stretches = objective.segments(begin, len(tokens), config.block_size, lead)
     while mask not in tokens[stretches[-1][0] : stretches[-1][1]]:
         stretches.pop()  # nothing is left to fill
-    return Canvas(tokens, begin, lead, stretches, may_end, stop, tuple(expected))
+    widest = objective.block_size or max(tokens[max(0, start) : end].count(mask) for start, end in stretches)
+    return Canvas(tokens, begin, lead, stretches, widest, may_end, stop, tuple(expected))
 
 
 def run(
@@ -323,8 +326,8 @@ class _Sampler:
             if row is None:  # an empty place: one token, and nothing to fill
                 table.append((0, 0, 1, 0, 0, 1, -1))
                 continue
-            (start, stop), (first, end) = row.active, row.canvas.stretches[0]
-            count = -(-(self.objective.block_size or end - first) // (self.config.steps_per_block or 1 << 30))
+            start, stop = row.active
+            count = -(-row.canvas.widest // (self.config.steps_per_block or row.canvas.widest))
             table.append((start, stop, len(row.tokens), row.canvas.may_end, row.canvas.lead, count, row.number))
             opens.append((row.tokens[max(0, start) : stop].count(self.mask), count))
             asks_early |= max(start, row.canvas.begin) < row.canvas.may_end

@@ -164,7 +164,8 @@ def train_tiny(folder: Path, share: float) -> Path:
     convert.run(dataclasses.replace(recipe.convert, model=str(embedded.build_base("tiny"))), "bd3lm", folder / "converted", seed=0)
     start = folder / "converted"
     for name, stage, config in (("pretrain", pretrain, recipe.pretrain), ("sft", sft, recipe.sft)):
-        config = dataclasses.replace(config, max_steps=int(config.max_steps * share), eval_every=1.0, save_every=1.0)
+        steps = int(config.max_steps * share)
+        config = dataclasses.replace(config, max_steps=steps, eval_every=float(steps), save_every=float(steps))
         stage.run(config, start, folder / name, seed=0)
         start = folder / name / "checkpoint-final"
     return start

@@ -12,7 +12,7 @@ LAYERS = [
     ["config", "noise", "loss"],
     ["attention", "objectives", "store", "launch", "presets", "follow"],
     ["models", "embedded", "data", "tracking", "tasks"],
-    ["likelihood", "cache", "policies", "sampling"],
+    ["likelihood", "cache", "policies", "sampling", "infill"],
     ["trainer", "harness", "pyfunc_model", "registry", "chat"],
     ["stages"],
     ["commands"],
