@@ -337,7 +337,9 @@ class _Sampler:
         is_active_RA = (position_RA >= 0) & (position_RA < stop_R[:, None])
         place_RA = torch.where(is_active_RA, position_RA, self.spare)
         seen = self._rounded(max(self.objective.sees_until(stop, end) for _, stop, end, *_ in table))
-        first_view, later_view = (self._view(table, width, seen, start_R, end_R, lead_R, is_first) for is_first in (True, False))
+        first, later = (self.objective.queries(self.config.cache, is_first=is_first) for is_first in (True, False))
+        first_view = self._view(table, width, seen, start_R, end_R, lead_R, first)
+        later_view = first_view if later == first else self._view(table, width, seen, start_R, end_R, lead_R, later)
         return _Stretch(
             position_RA=position_RA,
             place_RA=place_RA,
@@ -351,10 +353,17 @@ class _Sampler:
         )
 
     def _view(
-        self, table: list[tuple[int, ...]], width: int, seen: int, start_R: Tensor, end_R: Tensor, lead_R: Tensor, is_first: bool
+        self,
+        table: list[tuple[int, ...]],
+        width: int,
+        seen: int,
+        start_R: Tensor,
+        end_R: Tensor,
+        lead_R: Tensor,
+        reach: tuple[float, float],
     ) -> _View:
-        """What an evaluation computes: queries at these positions, and who sees whom."""
-        back, ahead = self.objective.queries(self.config.cache, is_first=is_first)
+        """What an evaluation computes: queries in reach of the active stretch, as `Objective.queries` has it, and who sees whom."""
+        back, ahead = reach
         if back == -math.inf:
             origin_R, queries = torch.zeros_like(start_R), seen
         else:
@@ -451,7 +460,7 @@ class _Sampler:
     def _remasked(self, stretch: _Stretch, is_open_RA: Tensor) -> tuple[Tensor, Tensor]:
         """How many tokens each row masks again, and from which: never more than the evaluations that are left can reveal.
 
-        ReMDM's cap, sigma = min(eta, (1 - alpha_s) / alpha_t), in counts (arXiv 2503.00307, sec. 4.1).
+        ReMDM's cap, sigma = min(eta, (1 - alpha_s) / alpha_t), in counts (arXiv 2503.00307).
         """
         open_R, was_revealed_RA = is_open_RA.sum(1), stretch.was_open_RA & ~is_open_RA
         again_R = (was_revealed_RA.sum(1) * self.config.remasking).floor().long()
