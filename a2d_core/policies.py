@@ -65,8 +65,7 @@ class Reader:
     """Reads the head in one pass over the vocabulary, a chunk at a time, without a tensor of probabilities."""
 
     def __init__(self, model: DiffusionModel, config: SampleConfig, seed: int) -> None:
-        output = model.network.get_output_embeddings()
-        self.weight_VH, self.bias_V = output.weight, getattr(output, "bias", None)
+        self.weight_VH, self.bias_V = model.output_embedding()
         self.head = dataclasses.replace(model.head, excluded_token=None)
         self.never = sorted({model.spec.mask_token_id, *config.suppressed_tokens})
         self.stops = model.stop_token_ids
