@@ -227,6 +227,7 @@ def _type_name(annotation: str) -> str:
         "None": "none",
         "tuple[str, ...]": "list of texts",
         "dict[str, str]": "table of texts",
+        "tuple[int, ...]": "list of integers",
     }
     return " or ".join(words[part] for part in annotation.split(" | "))
 

@@ -52,7 +52,7 @@ def convert(config: ConvertConfig, objective: str, source: str | Path, output_di
     before = {name: weight.detach().clone() for name, weight in network.state_dict().items()}
     # A published checkpoint has a trained mask token; what it does not say of itself is said here.
     mask_token_id = published_mask_token(network, tokenizer) if entry else give_mask_token(network, tokenizer, config.mask_token, seed)
-    origin: Any = entry["block_origin"] if entry else "zero"
+    origin: Any = entry["block_origin"] if entry else "document_start"
     spec = Spec(objective, config.block_size, mask_token_id, config.right_shift, block_origin=origin)
     model = DiffusionModel(network, tokenizer, spec).eval()
     _prove_weights(model, before)

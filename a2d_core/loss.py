@@ -28,9 +28,9 @@ class Head:
     excluded_token: int | None = None
     """Left out of the softmax (the mask token): it is not a prediction, so a uniform model scores log(V - 1)."""
 
-    def logits(self, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> Tensor:
-        """Logits [..., V] in float32."""
-        logits = F.linear(hidden_CH, weight_VH, bias_V).float()
+    def logits(self, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Logits [..., V] in float32, or in another precision."""
+        logits = F.linear(hidden_CH, weight_VH, bias_V).to(dtype)
         if self.scale != 1:
             logits = logits * self.scale
         if self.softcap is not None:

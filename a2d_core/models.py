@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from a2d_core import objectives, published
 from a2d_core.attention import Slots, network_mask
@@ -53,7 +53,7 @@ class Spec:
     """The network multiplies the output embedding's logits by this (Granite, Cohere)."""
     logit_softcap: float | None = None
     """The network then squashes logits to cap * tanh(logits / cap) (Gemma 2)."""
-    block_origin: Literal["zero", "prompt_end"] = "zero"
+    block_origin: Literal["document_start", "prompt_end"] = "document_start"
     """Generation begins in the block that the prompt ends in, or, as with the published checkpoints, at a boundary behind it (bd3lm)."""
     chain: tuple[dict[str, Any], ...] = ()
     """The stages that made this checkpoint, oldest first."""
@@ -127,7 +127,7 @@ class DiffusionModel(nn.Module):
         The head runs at those positions only, and the loss inside this forward, so that DDP and FSDP see every use of a weight.
         """
         hidden_MH = self.hidden(layout.input_ids_BS, layout.slots, key=layout.key).flatten(0, 1)[layout.source_M]
-        weight_VH, bias_V = self._output_embedding(with_mask_token=not exclude_mask_token)
+        weight_VH, bias_V = self.output_embedding(with_mask_token=not exclude_mask_token)
         head = self.head if exclude_mask_token else dataclasses.replace(self.head, excluded_token=None)
         return weighted_cross_entropy(hidden_MH, weight_VH, bias_V, layout.target_M, layout.weight_M, head)
 
@@ -141,21 +141,22 @@ class DiffusionModel(nn.Module):
         input_ids_BQ: Tensor,
         slots: Slots,
         cached: Slots | None = None,
-        cache: DynamicCache | None = None,
+        cache: Cache | None = None,
         key: Hashable | None = None,
+        masks: Any = None,
     ) -> Tensor:
         """Final hidden states [B, Q, H]. With a cache, the queries also see the `cached` slots and are appended to it.
 
-        `key`: what the slots are known by; the mask of a key is made once.
+        `key`: what the slots are known by; the mask of a key is made once. `masks`: made already, by `masks`.
         """
         implementation, length = self.network.config._attn_implementation, input_ids_BQ.shape[1]
         known = (key, implementation, self.network.dtype, self.device) if key else None
-        masks = self._known_masks.get(known)
-        if implementation == "flex_attention" and cache is None:  # few shapes to compile for: lengths differ from batch to batch
+        if implementation == "flex_attention" and cache is None and masks is None:  # few shapes to compile for, though lengths differ
             spare = -length % FLEX_TILE
             input_ids_BQ, slots = nn.functional.pad(input_ids_BQ, (0, spare)), slots.padded(spare)
+        masks = self._known_masks.get(known) if masks is None else masks
         if masks is None:
-            masks = self._masks(slots, cached.then(slots) if cached is not None else slots)
+            masks = self.masks(slots, cached.then(slots) if cached is not None else slots)
         if known:
             self._known_masks = dict([*self._known_masks.items(), (known, masks)][-KNOWN_MASKS:])
         with attention_kernel(self.device):
@@ -170,7 +171,7 @@ class DiffusionModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] in float32, as the network computes them; the mask token's is -inf."""
-        return self.head.logits(hidden, *self._output_embedding())
+        return self.head.logits(hidden, *self.output_embedding())
 
     def set_attention(self, implementation: str) -> None:
         """Choose the attention kernels: `sdpa`, `eager` or `flex_attention`; `auto` is FlexAttention on CUDA, where the family has it.
@@ -245,13 +246,14 @@ class DiffusionModel(nn.Module):
             if type(layer).__name__ in kinds:
                 layer.compile(dynamic=True)
 
-    def _output_embedding(self, with_mask_token: bool = False) -> tuple[Tensor, Tensor | None]:
+    def output_embedding(self, with_mask_token: bool = False) -> tuple[Tensor, Tensor | None]:
         """Weight [V, H] and bias [V] of the output embedding; of a frozen one, with the mask token's trained row only if asked for."""
         output = self.network.get_output_embeddings()
         frozen = getattr(output, "original_module", output)  # behind peft's wrapper, whose weight is a copy at every use
         return (output if with_mask_token else frozen).weight, getattr(frozen, "bias", None)
 
-    def _masks(self, query: Slots, key: Slots) -> Any:
+    def masks(self, query: Slots, key: Slots) -> Any:
+        """The attention mask in the form that the network takes, or one for each kind of layer."""
         config = self.network.config
         implementation = config._attn_implementation
         layers = set(getattr(config, "layer_types", None) or ())

@@ -14,7 +14,7 @@ from transformers import Qwen3ForCausalLM
 from a2d_core import embedded, models, sampling, tasks
 from a2d_core.config import EvaluateConfig, SampleConfig, UserError
 from a2d_core.models import DiffusionModel
-from a2d_core.sampling import Generation
+from a2d_core.sampling import Event, Generation
 from a2d_core.stages import evaluate
 
 SAMPLE = SampleConfig(threshold=0.9)
@@ -81,12 +81,13 @@ def test_a_perfect_model_scores_one_on_every_held_out_word(checkpoints, tmp_path
     answers = {c["messages"][0]["content"]: c["messages"][1]["content"] for c in embedded.instructions("test")}
     budgets = set()
 
-    def oracle(model, prompts, config, **_):
-        budgets.add(config.max_new_tokens)
-        asked = [model.tokenizer.decode(p).removeprefix("<|user|>").removesuffix("<|end|><|assistant|>") for p in prompts]
-        return [Generation(model.tokenizer(answers[question])["input_ids"], 1, True) for question in asked]
+    def oracle(model, prompts, config, *, max_new_tokens, **_):
+        budgets.update(max_new_tokens)
+        for row, prompt in enumerate(prompts):
+            answer = answers[model.tokenizer.decode(prompt).removeprefix("<|user|>").removesuffix("<|end|><|assistant|>")]
+            yield Event(row, 1, generation=Generation(model.tokenizer(answer)["input_ids"], 1, True, answer, 0.0))
 
-    monkeypatch.setattr(sampling, "generate", oracle)
+    monkeypatch.setattr(sampling, "stream", oracle)
     results = evaluate.run(EvaluateConfig(text_dataset=None), SAMPLE, checkpoints["mdlm"], tmp_path)
     assert results["text"] is None
     assert [(row["value"], row["stderr"], row["baseline"]) for row in results["tasks"]] == [(1.0, 0.0, None)] * 6

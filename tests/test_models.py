@@ -62,7 +62,7 @@ def test_logits_at_chosen_positions_are_those_of_the_whole_network(family: str) 
 
 def test_a_network_that_stays_causal_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model = diffusion_model()
-    monkeypatch.setattr(model, "_masks", lambda query, key: None)
+    monkeypatch.setattr(model, "masks", lambda query, key: None)
     with pytest.raises(
         UserError, match=r"Qwen3ForCausalLM \(model_type 'qwen3'\) cannot be converted: in layer 0 slot 0 does not see slot 1"
     ):
@@ -72,7 +72,7 @@ def test_a_network_that_stays_causal_is_refused_by_name(monkeypatch: pytest.Monk
 def test_a_leaking_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = diffusion_model()
     everything = lambda query, key: torch.ones(1, 1, query.position.shape[1], key.position.shape[1], dtype=torch.bool)  # noqa: E731
-    monkeypatch.setattr(model, "_masks", everything)
+    monkeypatch.setattr(model, "masks", everything)
     with pytest.raises(UserError, match="a leak"):
         conversion.prove(model)
 
@@ -106,8 +106,8 @@ def test_what_mixes_positions_outside_of_the_layers_is_refused() -> None:
 
 def test_a_window_that_the_network_does_not_have_is_noticed() -> None:
     model = diffusion_model(family="mistral")
-    own = model._masks
-    model._masks = lambda query, key: own(query, key) & (query.position[0, :, None] - key.position[0] < 3)  # narrower than its 6
+    own = model.masks
+    model.masks = lambda query, key: own(query, key) & (query.position[0, :, None] - key.position[0] < 3)  # narrower than its 6
     with pytest.raises(UserError, match=r"does not see|differ from the autoregressive network"):
         conversion.prove(model)
 
