@@ -66,7 +66,7 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "gemma3", "gpt2", "opt", "cohere", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "gemma3_text", "gpt2", "opt", "cohere", "phi3", "qwen3_moe"])
 def test_merged_adapters_give_the_outputs_of_unmerged_ones_in_every_family(family: str, tmp_path: Path) -> None:
     """Tied and untied embeddings, biases, Conv1D, a scaled embedding, fused projections, experts in one tensor."""
     model = saved(tmp_path / "base", family)
