@@ -23,7 +23,7 @@ def run(
     strategy: str,
     nodes: launch.Nodes,
     resume_from: str | None,
-    objective: str | None,
+    objective: str | None = None,
 ) -> dict[str, Any]:
     """Train in each of `processes` processes on the rows that the stage's module prepares; return what the first one returns."""
     if resume_from:
