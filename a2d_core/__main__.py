@@ -218,7 +218,9 @@ def _fields(command: str) -> str:
 def _type_name(annotation: str) -> str:
     """A type of config.py in plain words."""
     if annotation.startswith("Literal"):
-        return "one of " + ", ".join(ast.literal_eval(annotation.removeprefix("Literal")))
+        choices, _, other = annotation.removeprefix("Literal").partition("] | ")
+        listed = ", ".join(ast.literal_eval(choices.rstrip("]") + "]"))
+        return f"one of {listed}" + (f" or {_type_name(other)}" if other else "")
     words = {
         "int": "integer",
         "float": "number",

@@ -9,7 +9,7 @@ from dataclasses import replace
 import families
 import pytest
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from a2d_core import embedded, models, sampling, tasks
 from a2d_core.config import EvaluateConfig, SampleConfig, UserError
@@ -197,7 +197,7 @@ def test_uniform_models_score_the_log_of_the_number_of_allowed_tokens(checkpoint
         with torch.no_grad():
             network.lm_head.weight.zero_()
         network.save_pretrained(tmp_path / name)
-        models.AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path / name)
     text = evaluate.run(NO_TASKS, SAMPLE, tmp_path / "uniform", tmp_path / "out", source_dir=tmp_path / "uniform_source")["text"]
     tokens = len(embedded.build_tokenizer())
     assert text["nelbo"] == pytest.approx(math.log(tokens), rel=1e-5)  # of the converted model's tokens all but the mask token

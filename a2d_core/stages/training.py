@@ -19,10 +19,10 @@ def run(
     output_dir: str | Path,
     *,
     seed: int,
-    processes: int,
-    strategy: str,
-    nodes: launch.Nodes,
-    resume_from: str | None,
+    processes: int = 1,
+    strategy: str = "ddp",
+    nodes: launch.Nodes = launch.ONE_NODE,
+    resume_from: str | None = None,
     objective: str | None = None,
 ) -> dict[str, Any]:
     """Train in each of `processes` processes on the rows that the stage's module prepares; return what the first one returns."""
