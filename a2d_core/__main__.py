@@ -15,6 +15,7 @@ import ast
 import dataclasses
 import json
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -22,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import commands, launch, tracking
-from a2d_core.config import OBJECTIVES, Recipe, UserError, describe
+from a2d_core.config import OBJECTIVES, Recipe, StoppedError, UserError, describe
 from a2d_core.stages import checks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 2 for the user's mistakes, 1 for what else failed and is explained."""
+    """Run one command; return the exit code: 0; 2 for the user's mistakes, 143 after SIGTERM, 1 for what else failed and is explained."""
     args = parser().parse_args(arguments)
     tracking.quiet()
     launch.calm_threads()
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        return 128 + signal.SIGTERM
     except (checks.MemoryFullError, launch.WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -63,6 +67,10 @@ def parser() -> argparse.ArgumentParser:
         _model(train)
         train.add_argument("--dataset", help="Hub id, file (txt, jsonl, parquet), directory, or 'embedded:...' (default: the preset's)")
         train.add_argument("--processes", type=int, metavar="N", help="processes on this machine, one per GPU (default: the preset's)")
+        train.add_argument("--strategy", help="how they share the training: ddp, fsdp2, zero2, or an accelerate configuration (.yaml)")
+        train.add_argument("--nodes", type=int, default=1, metavar="M", help="machines, each of which runs this command (default: 1)")
+        train.add_argument("--node-rank", type=int, default=0, metavar="R", help="number of this machine, from 0; the only thing to differ")
+        train.add_argument("--main-address", metavar="HOST:PORT", help="where the nodes meet: node 0 and a free port there")
         train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output-dir")
 
     sample = _command(group, "sample", "generate from a fixed set of prompts", commands.sample)
@@ -89,6 +97,14 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--baseline", metavar="DIR", help="score this checkpoint too, for comparison: the converted one, say")
     evaluate.add_argument("--source", metavar="DIR", help="the autoregressive model, for its own loss on the same text")
 
+    merge = group.add_parser(
+        "merge", help="merge LoRA adapters into their model", description="Merge LoRA adapters into the model they were trained on."
+    )
+    merge.add_argument("--model", required=True, metavar="DIR", help="adapters: OUTPUT_DIR/adapter of a training, or its checkpoint-N")
+    merge.add_argument("--base", metavar="DIR", help="where the model that they were trained on is now, if it was moved")
+    _output(merge)
+    merge.set_defaults(run=commands.merge)
+
     plan = group.add_parser(
         "plan", help="print a resolved recipe as JSON, and run nothing", description="Print a resolved recipe, and run nothing."
     )
@@ -111,8 +127,7 @@ def _command(group: Any, name: str, what: str, run: Any, writes: bool = True) ->
     command.set_defaults(run=run, command=name, mlflow=None, resume=False, overwrite=False)
     _recipe_options(command, "field=value")
     if writes:
-        command.add_argument("--output-dir", required=True, metavar="DIR", help="where the result goes: a new or empty directory")
-        command.add_argument("--overwrite", action="store_true", help="replace the earlier output in --output-dir")
+        _output(command)
         command.add_argument(
             "--mlflow", nargs="?", const="", metavar="URI", help="track in MLflow (without URI: MLFLOW_TRACKING_URI, or ./mlflow.db)"
         )
@@ -127,6 +142,11 @@ def _recipe_options(command: argparse.ArgumentParser, grammar: str) -> None:
         "--set", action="append", default=[], metavar=grammar.upper(), dest="overrides", help=f"change a field: {grammar}; repeat at will"
     )
     command.add_argument("--seed", type=int, help="seed of everything random (default: the preset's, or 0)")
+
+
+def _output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output-dir", required=True, metavar="DIR", help="where the result goes: a new or empty directory")
+    command.add_argument("--overwrite", action="store_true", help="replace the earlier output in --output-dir")
 
 
 def _model(command: argparse.ArgumentParser) -> None:

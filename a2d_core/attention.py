@@ -52,6 +52,10 @@ class Slots:
         """These slots followed by others."""
         return Slots(*(torch.cat(pair, dim=1) for pair in zip(self.fields(), other.fields(), strict=True)))
 
+    def padded(self, count: int) -> Slots:
+        """These slots followed by padding."""
+        return Slots(*(torch.nn.functional.pad(x, (0, count)) for x in self.fields()))
+
     def fields(self) -> tuple[Tensor, ...]:
         """position, block, document, view, valid."""
         return self.position, self.block, self.document, self.view, self.valid
@@ -104,16 +108,18 @@ def may_attend(query: Slots, key: Slots, window: int | None = None) -> Tensor:
 
 def flex_mask(query: Slots, key: Slots, window: int | None = None) -> BlockMask:
     """The same predicate for FlexAttention, which skips the tiles in which nobody sees anybody (arXiv 2412.05496)."""
+    rows, queries = query.position.shape
     q, k = _Reach.of(query), _Reach.of(key)
+    first, limit, copy = q.first, q.limit, q.copy_as_query
+    rank, other_copy, position, other_position = k.rank, k.copy_as_key, q.position, k.position
 
     def mask_mod(b: Tensor, _: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        rank = k.rank[b, j]
-        seen = (rank >= q.first[b, i]) & (rank < q.limit[b, i]) | (k.copy_as_key[b, j] == q.copy_as_query[b, i])
+        b = b if rows > 1 else b * 0  # rows that are alike share a mask
+        seen = (rank[b, j] >= first[b, i]) & (rank[b, j] < limit[b, i]) | (other_copy[b, j] == copy[b, i])
         if window is not None:
-            seen = seen & ((q.position[b, i] - k.position[b, j]).abs() < window)
+            seen = seen & ((position[b, i] - other_position[b, j]).abs() < window)
         return seen
 
-    rows, queries = query.position.shape
     device = query.position.device
     return create_block_mask(mask_mod, rows, None, queries, key.position.shape[1], device=device, _compile=device.type == "cuda")
 

@@ -6,12 +6,12 @@ import argparse
 import json
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from a2d_core import presets, tracking
-from a2d_core.config import STAGES, Recipe, TrackingConfig, UserError, build, parse_override, require, to_dict
+from a2d_core import launch, presets, strategies, tracking
+from a2d_core.config import STAGES, Recipe, TrackingConfig, UserError, build, parse_override, parse_sources, require, to_dict
 from a2d_core.follow import Follower
 from a2d_core.stages import checks
 
@@ -48,14 +48,31 @@ def train(args: argparse.Namespace) -> None:
     """Pretrain or fine-tune."""
     stage = args.command
     recipe = _resolve_for_model(args, [_option(f"{stage}.dataset", args.dataset)])
-    config, processes = getattr(recipe, stage), args.processes or recipe.compute.train.processes
-    resume_from = checks.newest_checkpoint(args.output_dir) if args.resume else None
-    with _work(args, recipe, inputs=(args.model, config.dataset)) as output_dir:
+    config, compute = getattr(recipe, stage), recipe.compute.train
+    strategy = args.strategy or compute.strategy
+    strategies.file(strategy)
+    nodes = launch.Nodes(args.nodes, args.node_rank, args.main_address)
+    is_main = nodes.rank == 0  # it alone writes and tracks; the others hear from it where they see other checkpoints than it does
+    resume_from = checks.newest_checkpoint(args.output_dir, required=is_main) if args.resume else None
+    work = (
+        _work(args, recipe, inputs=(args.model, *(source.ref for source in parse_sources(config.dataset))))
+        if is_main
+        else nullcontext(Path(args.output_dir))
+    )
+    with work as output_dir:
         from a2d_core.stages import pretrain, sft
 
-        run = {"pretrain": pretrain.run, "sft": sft.run}[stage]
-        result = run(config, args.model, output_dir, seed=recipe.seed, processes=processes, resume_from=resume_from)
-        if args.mlflow is not None:
+        result = {"pretrain": pretrain.run, "sft": sft.run}[stage](
+            config,
+            args.model,
+            output_dir,
+            seed=recipe.seed,
+            processes=compute.processes if args.processes is None else args.processes,
+            strategy=strategy,
+            nodes=nodes,
+            resume_from=resume_from,
+        )
+        if is_main and args.mlflow is not None:
             tracking.log_numbers(result)
     _tell(result)
     print(f"\nthe checkpoint is {output_dir}/checkpoint-final: try it with  python -m a2d_core chat --model {output_dir}/checkpoint-final")
@@ -109,6 +126,18 @@ def evaluate(args: argparse.Namespace) -> None:
     if result["text"]:
         _tell(result["text"])
     print(f"\nall of it is in {output_dir}/results.json")
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Merge LoRA adapters into the model that they were trained on."""
+    require((Path(args.model) / "adapter_config.json").is_file(), f"'{args.model}' holds no LoRA adapters: there is nothing to merge")
+    from a2d_core import models
+
+    model = models.load(args.model, base=args.base, device="cpu")
+    inputs = (args.model, *filter(None, [args.base]))
+    output_dir = checks.output_directory(args.output_dir, overwrite=args.overwrite, inputs=inputs)
+    model.save(output_dir)
+    print(f"the checkpoint is {output_dir}: try it with  python -m a2d_core chat --model {output_dir}")
 
 
 def plan(args: argparse.Namespace) -> None:

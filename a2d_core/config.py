@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
 import textwrap
 import types
 import typing
@@ -21,11 +22,16 @@ from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 OBJECTIVES = ("mdlm", "bd3lm")
+STRATEGIES = ("ddp", "fsdp2", "zero2")
 T = TypeVar("T")
 
 
 class UserError(ValueError):
     """A mistake that the user can mend: the message names the value that was given and the remedy."""
+
+
+class StoppedError(RuntimeError):
+    """Training was told to stop, and has saved what it had: the message says how to go on."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -38,6 +44,15 @@ def check_objective(objective: str) -> str:
     """Return `objective`, or raise `UserError` where it is not one of `OBJECTIVES`."""
     require(objective in OBJECTIVES, f"unknown objective '{objective}': choose one of {', '.join(OBJECTIVES)}")
     return objective
+
+
+def check_strategy(strategy: str) -> str:
+    """Return `strategy`, or raise `UserError` where it is neither one of `STRATEGIES` nor named like a configuration file."""
+    require(
+        strategy in STRATEGIES or strategy.endswith((".yaml", ".yml", ".json")),
+        f"unknown strategy '{strategy}': choose one of {', '.join(STRATEGIES)}, or give the path of an accelerate configuration (.yaml)",
+    )
+    return strategy
 
 
 @dataclass(frozen=True)
@@ -65,15 +80,62 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class Source:
+    """One of the data sets that `dataset` names, with what stands in brackets behind it."""
+
+    ref: str
+    """Hub id, file, directory, or `embedded:...`."""
+    config: str | None = None
+    """Configuration (subset) name, for this data set alone."""
+    split: str | None = None
+    """Split to train on, for this data set alone."""
+    train: int | None = None
+    """Rows that are drawn from the training part; None takes all."""
+    test: int | None = None
+    """Rows that are drawn from the held-out part; None takes all."""
+    filters: tuple[tuple[str, str], ...] = ()
+    """(column, value): only rows with this value are read."""
+
+
+def parse_sources(spec: str) -> tuple[Source, ...]:
+    """The data sets in `ref[key:value,...]+ref+...`: keys train, test (or eval), config, split, and else the name of a column.
+
+    Raises `UserError` where `spec` is not of this form.
+    """
+    form = f"'{spec}' does not name data sets: %s. Write them like owner/name[train:10000,test:1000]+talks.jsonl[lang:python]"
+    sources = []
+    for part in re.split(r"\+(?![^\[]*\])", spec):  # a + inside brackets is part of a value
+        found = re.fullmatch(r"\s*([^\[\]]*[^\[\]\s])\s*(?:\[([^\[\]]*)\])?\s*", part)
+        require(found is not None, form % f"'{part}' is not a name with brackets behind it at most")
+        ref, inside = found.groups()  # type: ignore[union-attr]
+        options: dict[str, Any] = {}
+        filters: dict[str, str] = {}
+        for entry in inside.split(",") if inside is not None else ():
+            key, colon, value = (text.strip() for text in entry.partition(":"))
+            require(bool(key and colon and value), form % f"'{entry}' in the brackets of '{ref}' is not key:value")
+            key = "test" if key == "eval" else key
+            require(key not in options and key not in filters, form % f"'{key}' stands twice in the brackets of '{ref}'")
+            if key in ("train", "test"):
+                require(value.isdecimal() and int(value) >= 1, form % f"{key}:{value} of '{ref}' is not a number of rows")
+                options[key] = int(value)
+            elif key in ("config", "split"):
+                options[key] = value
+            else:
+                filters[key] = value
+        sources.append(Source(ref, filters=tuple(filters.items()), **options))
+    return tuple(sources)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run of training: pretraining on text, or supervised fine-tuning (SFT) on conversations."""
 
     enabled: bool = True
     """Run this stage; when false, its input checkpoint is passed on unchanged."""
     dataset: str = "embedded:corpus"
-    """Hub id, file, directory, or `embedded:corpus` / `embedded:tasks`."""
+    """Hub id, file, directory, or `embedded:corpus` / `embedded:tasks`; several with `+`, and `[train:1000,lang:en]` behind each."""
     dataset_config: str | None = None
-    """Configuration (subset) name of a Hub data set."""
+    """Configuration (subset) name of a Hub data set; `[config:NAME]` for one of several."""
     train_split: str = "train"
     """Split to train on."""
     eval_split: str | None = None
@@ -82,18 +144,30 @@ class TrainConfig:
     """Fraction of the training split that is held out when there is no `eval_split`."""
     max_eval_rows: int = 512
     """At most so many held-out rows are scored at each evaluation."""
-    text_field: str = "text"
-    """Column with the text (pretraining)."""
-    messages_field: str = "messages"
-    """Column with the list of {role, content} messages (SFT)."""
+    streaming: bool = False
+    """Read the text while training, instead of downloading and tokenising it first (pretraining; needs `max_steps`)."""
+    shuffle_buffer: int = 10_000
+    """Documents held in memory to shuffle a stream."""
+    num_workers: int = 1
+    """Processes that filter, read and tokenise the data, where it is not streamed."""
+    text_field: str | None = None
+    """Column with the text (pretraining); None takes that of a known data set, or `text`."""
+    messages_field: str | None = None
+    """Column with the list of {role, content} messages (SFT); None looks for the usual layouts."""
     prompt_field: str | None = None
     """Column with the prompt, for SFT data in two columns instead of messages."""
     response_field: str | None = None
     """Column with the response, for SFT data in two columns instead of messages."""
     max_length: int = 512
-    """Tokens per row: text is cut into rows of this length, longer conversations are dropped."""
+    """Tokens per row: text is cut into rows of this length; for longer conversations see `too_long`."""
     insert_eos: bool = True
     """Put the end-of-sequence token between documents (pretraining)."""
+    pack: bool = False
+    """Keep documents apart in packed rows: each attends to itself alone, from position 0."""
+    supervise: Literal["all", "last"] = "all"
+    """Assistant turns that are learned: all, or the last of each conversation, as published (SFT)."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """Turns that end behind `max_length` are dropped, or cut there: the first `max_length` tokens are kept, as published (SFT)."""
     epochs: float = 1.0
     """Passes over the training rows; `max_steps` wins where it is set."""
     max_steps: int = -1
@@ -102,6 +176,8 @@ class TrainConfig:
     """Rows per process and micro-batch."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
+    group_by_length: bool = False
+    """Put rows of similar length into a batch: less padding, a less random order."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
@@ -112,6 +188,8 @@ class TrainConfig:
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm where it is larger."""
+    explode_factor: float = 1000.0
+    """Stop where the gradient's norm exceeds both max_grad_norm and the median of the logged norms this many times; 0 never does."""
     adam_beta2: float = 0.999
     """Second-moment decay of AdamW."""
     views: int = 1
@@ -132,8 +210,18 @@ class TrainConfig:
     """Leave the mask token's logit in the training softmax, as the published recipes do."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute precision; `auto` is bfloat16 where the hardware multiplies it natively. Master weights stay float32."""
+    attention: Literal["auto", "sdpa", "flex_attention", "eager"] = "auto"
+    """Attention kernels; `auto` is FlexAttention on CUDA, which skips what nobody sees, and else the model's own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the network's layers with torch.compile, which takes a minute at first; it needs a C++ compiler."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on the linear layers, with all else frozen but the mask token's embedding; 0 trains all weights."""
+    lora_alpha: float = 32.0
+    """The adapters' output is scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the linear layers that get adapters, such as q_proj; empty: all of them but the output embedding."""
     eval_every: float = 0.1
     """Evaluate after this fraction of the steps (1 or more: after so many steps)."""
     save_every: float = 0.1
@@ -144,12 +232,24 @@ class TrainConfig:
     """Optimizer steps between two logged losses."""
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "batch_size", "gradient_accumulation_steps", "views", "keep_checkpoints", "log_every", "max_eval_rows"):
+        for name in (
+            "max_length", "batch_size", "gradient_accumulation_steps", "views", "keep_checkpoints", "log_every", "max_eval_rows",
+            "shuffle_buffer", "num_workers",
+        ):  # fmt: skip
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        parse_sources(self.dataset)
+        require(
+            not self.streaming or self.max_steps >= 1,
+            "streaming=true needs max_steps, because a stream has no length: say how many optimizer steps to take",
+        )
+        require(
+            not (self.streaming and self.group_by_length), "group_by_length=true needs to know all rows: leave it out with streaming=true"
+        )
         require(self.max_length >= 2, f"max_length must be at least 2, not {self.max_length}")
         require(self.max_steps == -1 or self.max_steps >= 1, f"max_steps must be -1 (use epochs) or at least 1, not {self.max_steps}")
         require(self.epochs > 0, f"epochs must be above 0, not {self.epochs}")
         require(self.learning_rate > 0, f"learning_rate must be above 0, not {self.learning_rate}")
+        require(self.explode_factor >= 0, f"explode_factor must be 0 (let every finite norm pass) or above, not {self.explode_factor}")
         require(0 <= self.warmup_ratio < 1, f"warmup_ratio must lie in [0, 1), not {self.warmup_ratio}")
         require(0 < self.eval_fraction < 1, f"eval_fraction must lie in (0, 1), not {self.eval_fraction}")
         require(0 < self.t_min < self.t_max <= 1, f"0 < t_min < t_max <= 1 must hold, not t_min={self.t_min}, t_max={self.t_max}")
@@ -158,7 +258,9 @@ class TrainConfig:
             f"complementary=true pairs the times t and 1 - t: it needs an even number of views, not {self.views}, "
             f"schedule=linear, not {self.schedule}, and t_max=1, not {self.t_max}",
         )
-        for name in ("eval_every", "save_every"):
+        require(self.lora_rank >= 0, f"lora_rank must be 0 (train all weights) or more, not {self.lora_rank}")
+        require(self.lora_rank > 0 or not self.lora_targets, "lora_targets needs LoRA adapters: set lora_rank to 16, say")
+        for name in ("eval_every", "save_every", "lora_alpha"):
             require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
         require(
             (self.prompt_field is None) == (self.response_field is None),
@@ -267,8 +369,8 @@ class EvaluateConfig:
     """Split with the held-out text; without it `text_fraction` of the training split is held out, as in pretraining."""
     text_fraction: float = 0.05
     """Fraction of the training split that is held out when there is no `text_split`."""
-    text_field: str = "text"
-    """Column with the text of `text_dataset`."""
+    text_field: str | None = None
+    """Column with the text of `text_dataset`; None takes that of a known data set, or `text`."""
     text_length: int = 128
     """Tokens per scored row of text."""
     text_rows: int = 128
@@ -284,6 +386,8 @@ class EvaluateConfig:
         require(self.text_length >= 2, f"text_length must be at least 2, not {self.text_length}")
         require(0 < self.text_fraction < 1, f"text_fraction must lie in (0, 1), not {self.text_fraction}")
         require(self.limit is None or self.limit >= 1, f"limit must be at least 1, not {self.limit}")
+        if self.text_dataset is not None:
+            parse_sources(self.text_dataset)
 
     def reading(self) -> TrainConfig:
         """How the held-out text is read, in the terms of pretraining data."""
@@ -333,6 +437,8 @@ class StepCompute:
     """Disk in MiB, for checkpoints; None keeps the platform's default."""
     processes: int = 1
     """Training processes on the node: one per GPU."""
+    strategy: str = "ddp"
+    """How the processes share the training: ddp, fsdp2, zero2, or the path of an accelerate configuration."""
     retries: int = 0
     """How often a failed step is tried again."""
     minutes_between_retries: int = 2
@@ -349,6 +455,7 @@ class StepCompute:
             self.gpu == 0 or self.processes <= self.gpu,
             f"compute asks for {self.processes} processes on {self.gpu} GPUs: give each process a GPU of its own",
         )
+        check_strategy(self.strategy)
 
 
 @dataclass(frozen=True)
@@ -411,6 +518,10 @@ class Recipe:
             "convert.right_shift=true does not fit bd3lm: a block's first token would be read from a noised block in "
             "training and from a clean one in sampling; use --objective mdlm, or leave the shift out",
         )
+        require(
+            not (self.objective == "mdlm" and self.sft.enabled and self.sft.pack),
+            "sft.pack=true does not fit mdlm, which fills each answer to the longest row and leaves nothing to pack: leave it out",
+        )
         self._check_text_is_held_out()
         if self.objective == "bd3lm":
             for stage in ("pretrain", "sft"):
@@ -424,16 +535,31 @@ class Recipe:
     def _check_text_is_held_out(self) -> None:
         """The text that is scored must not have been trained on."""
         trained, scored = self.pretrain, self.evaluate
-        if not (trained.enabled and scored.enabled and trained.dataset == scored.text_dataset):
+        if not (trained.enabled and scored.enabled and scored.text_dataset):
             return
-        for name, ours, theirs in (
+        ours, theirs = ({(s.ref, s.config, s.split, s.filters) for s in parse_sources(d)} for d in (scored.text_dataset, trained.dataset))
+        shared = {ref for ref, *_ in ours} & {ref for ref, *_ in theirs}
+        if not shared:
+            return
+        name = ", ".join(sorted(shared))
+        require(
+            {source for source in ours if source[0] in shared} <= theirs,
+            f"evaluate.text_dataset reads '{name}' with another config, split or filter than pretrain.dataset: "
+            "give both the same, or evaluate would score text that was trained on",
+        )
+        require(
+            not trained.streaming or trained.eval_split is not None,
+            f"pretrain streams '{name}', which evaluate.text_dataset names too: name a pretrain.eval_split and evaluate.text_split, "
+            "or another evaluate.text_dataset, or evaluate would score text that was trained on",
+        )
+        for name, our, their in (
             ("dataset_config", scored.text_config, trained.dataset_config),
             ("eval_split", scored.text_split, trained.eval_split),
             ("eval_fraction", scored.text_fraction, trained.eval_fraction),
         ):
             require(
-                ours == theirs,
-                f"evaluate.text_{name.removeprefix('eval_').removeprefix('dataset_')}={ours} differs from pretrain.{name}={theirs}: "
+                our == their,
+                f"evaluate.text_{name.removeprefix('eval_').removeprefix('dataset_')}={our} differs from pretrain.{name}={their}: "
                 "give both the same value, or evaluate would score text that was trained on",
             )
 

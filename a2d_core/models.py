@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from a2d_core.objectives import Layout, Objective
 
 KNOWN_MASKS = 4
 """Attention masks that are kept to be used again."""
+FLEX_TILE = 128
+"""FlexAttention works in tiles of so many slots; a row is padded to a multiple of them."""
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -69,6 +72,7 @@ class DiffusionModel(nn.Module):
         self.stored_dtype = network.dtype
         """Precision of the checkpoint on disk, which training in float32 returns to."""
         self._known_masks: dict[Hashable, Any] = {}
+        self._no_split_modules = network._no_split_modules  # the layers, by which FSDP shares out the weights
 
     @property
     def device(self) -> torch.device:
@@ -91,6 +95,11 @@ class DiffusionModel(nn.Module):
         configured = getattr(self.network.generation_config, "eos_token_id", None)
         configured = configured if isinstance(configured, list) else [configured]
         return tuple(sorted({i for i in [self.eos_token_id, *configured] if i is not None}))
+
+    def stop_at(self, token_id: int) -> None:
+        """Let this token end a generation too; it is saved with the checkpoint."""
+        if token_id not in self.stop_token_ids:
+            self.network.generation_config.eos_token_id = sorted({*self.stop_token_ids, token_id})
 
     def encode(self, text: str, *, chat: bool = True) -> list[int]:
         """Token ids of a prompt: a user's turn in the tokenizer's chat template, ready to be answered, or the plain text.
@@ -115,9 +124,9 @@ class DiffusionModel(nn.Module):
         The head runs at those positions only, and the loss inside this forward, so that DDP and FSDP see every use of a weight.
         """
         hidden_MH = self.hidden(layout.input_ids_BS, layout.slots, key=layout.key).flatten(0, 1)[layout.source_M]
-        output = self.network.get_output_embeddings()
+        weight_VH, bias_V = self._output_embedding(with_mask_token=not exclude_mask_token)
         head = self.head if exclude_mask_token else dataclasses.replace(self.head, excluded_token=None)
-        return weighted_cross_entropy(hidden_MH, output.weight, getattr(output, "bias", None), layout.target_M, layout.weight_M, head)
+        return weighted_cross_entropy(hidden_MH, weight_VH, bias_V, layout.target_M, layout.weight_M, head)
 
     @property
     def head(self) -> Head:
@@ -137,8 +146,12 @@ class DiffusionModel(nn.Module):
 
         `key`: what the slots are known by; the mask of a key is made once. `masks`: made already, by `masks`.
         """
-        known = (key, self.network.dtype, self.device) if key else None
+        implementation, length = self.network.config._attn_implementation, input_ids_BQ.shape[1]
+        known = (key, implementation, self.network.dtype, self.device) if key else None
         masks = self._known_masks.get(known) if masks is None else masks
+        if implementation == "flex_attention" and cache is None:  # few shapes to compile for: lengths differ from batch to batch
+            spare = -length % FLEX_TILE
+            input_ids_BQ, slots = nn.functional.pad(input_ids_BQ, (0, spare)), slots.padded(spare)
         if masks is None:
             masks = self.masks(slots, cached.then(slots) if cached is not None else slots)
         if known:
@@ -151,19 +164,78 @@ class DiffusionModel(nn.Module):
                 past_key_values=cache,
                 use_cache=cache is not None,
             )
-        return output.last_hidden_state
+        return output.last_hidden_state[:, :length]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] in float32, as the network computes them; the mask token's is -inf."""
-        output = self.network.get_output_embeddings()
-        return self.head.logits(hidden, output.weight, getattr(output, "bias", None))
+        return self.head.logits(hidden, *self._output_embedding())
+
+    def set_attention(self, implementation: str) -> None:
+        """Choose the attention kernels: `sdpa`, `eager` or `flex_attention`; `auto` is FlexAttention on CUDA, where the family has it.
+
+        Raises `UserError` where the family does not have it.
+        """
+        has_flex = bool(self.network._supports_flex_attn)
+        if implementation == "auto":
+            implementation = "flex_attention" if has_flex and self.device.type == "cuda" else self.network.config._attn_implementation
+        require(
+            implementation != "flex_attention" or has_flex,
+            f"{type(self.network).__name__} has no FlexAttention in transformers: set attention=auto or attention=sdpa",
+        )
+        try:
+            self.network.set_attn_implementation(implementation)
+        except ValueError as error:
+            raise UserError(f"{type(self.network).__name__} cannot run attention={implementation}: {error}") from None
 
     def save(self, directory: str | Path, stage: dict[str, Any] | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write a checkpoint directory; `stage` is appended to the chain of stages that made it."""
+        """Write a checkpoint directory, or where there are LoRA adapters, theirs; `stage` is appended to the chain of stages."""
         spec = dataclasses.replace(self.spec, chain=(*self.spec.chain, stage)) if stage else self.spec
         self.network.config.a2d = dataclasses.asdict(spec)
-        self.network.save_pretrained(directory, state_dict=state_dict)
+        if self.has_adapters:
+            from a2d_core import lora  # peft takes its time to import
+
+            lora.save(self.network, directory, state_dict)
+        else:
+            self.network.save_pretrained(directory, state_dict=state_dict)
         self.tokenizer.save_pretrained(directory)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether LoRA adapters are in the network, beside its frozen weights."""
+        return hasattr(self.network, "peft_config")
+
+    def checkpoint_activations(self, *, are_compiled: bool = False) -> None:
+        """Keep only the input of each layer for the backward pass, which computes the rest again, with the same attention kernel.
+
+        `are_compiled`: the layers will be; then the kernel is the compiled code's own, and no context can be given.
+        """
+
+        def kernels() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return nullcontext(), attention_kernel(self.device)
+
+        options = {"use_reentrant": False} if are_compiled else {"use_reentrant": False, "context_fn": kernels}
+        enable = getattr(self.network, "activation_checkpointing_enable", self.network.gradient_checkpointing_enable)  # the older name
+        enable(options)
+
+    def compile_layers(self) -> None:
+        """Compile each layer in place: names of weights stay, layers of one class share their code, and so do rows of any length.
+
+        Raises `UserError` where there is no C++ compiler, which torch.compile needs on a CPU and on a GPU.
+        """
+        compilers = [os.environ.get("CXX"), "g++", "clang++"]
+        require(
+            any(shutil.which(name) for name in filter(None, compilers)), "compile=true needs a C++ compiler: install g++, or leave it out"
+        )
+        kinds = set(self.network._no_split_modules or ())
+        for layer in self.network.modules():
+            if type(layer).__name__ in kinds:
+                layer.compile(dynamic=True)
+
+    def _output_embedding(self, with_mask_token: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Weight [V, H] and bias [V] of the output embedding; of a frozen one, with the mask token's trained row only if asked for."""
+        output = self.network.get_output_embeddings()
+        frozen = getattr(output, "original_module", output)  # behind peft's wrapper, whose weight is a copy at every use
+        return (output if with_mask_token else frozen).weight, getattr(frozen, "bias", None)
 
     def masks(self, query: Slots, key: Slots) -> Any:
         """The attention mask in the form that the network takes, or one for each kind of layer."""
@@ -194,23 +266,55 @@ def attention_kernel(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def load(
-    path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    base: str | Path | None = None,
 ) -> DiffusionModel:
-    """Load a diffusion checkpoint from a directory or the Hub.
+    """Load a diffusion checkpoint from a directory or the Hub; LoRA adapters are merged into `base`, or else the model they name.
 
     Raises `UserError` where there is none, or where it is a plain autoregressive one.
     """
+    if (Path(path) / "adapter_config.json").is_file():
+        return _load_adapters(path, base, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     network, tokenizer = _load_network(str(path), dtype or "auto", trust_remote_code=trust_remote_code)
-    entry = getattr(network.config, "a2d", None)
+    spec = _read_spec(network.config, path)
+    model = DiffusionModel(network, tokenizer, spec).to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    model.stored_dtype = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).dtype or network.dtype
+    return model
+
+
+def _load_adapters(path: str | Path, base: str | Path | None, *, trust_remote_code: bool, **options: Any) -> DiffusionModel:
+    """The model that the LoRA adapters at `path` were trained on, with them merged into its weights."""
+    from a2d_core import lora  # peft takes its time to import
+
+    base = base or lora.base_of(path)
+    require(
+        Path(base).is_dir() or not Path(base).is_absolute(),
+        f"the adapters in '{path}' were trained on '{base}', which is not there: say where it is now with "
+        f"python -m a2d_core merge --model {path} --base DIR --output-dir DIR",
+    )
+    model = load(base, trust_remote_code=trust_remote_code, **options)
+    spec = _read_spec(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), path)
+    require(
+        spec.chain[:-1] == model.spec.chain,
+        f"the adapters in '{path}' were not trained on '{base}': its history of stages is another. Give the right model with --base",
+    )
+    lora.merge(model.network, path)
+    model.network.name_or_path, model.spec = str(path), spec
+    return model
+
+
+def _read_spec(config: Any, path: str | Path) -> Spec:
+    entry = getattr(config, "a2d", None)
     if not isinstance(entry, dict):
         raise UserError(
             f"'{path}' is not a diffusion checkpoint: its config.json has no 'a2d' entry. Convert it first: "
             f"python -m a2d_core convert --model {path} --output-dir DIR"
         )
-    spec = Spec(**{**entry, "chain": tuple(entry["chain"])})
-    model = DiffusionModel(network, tokenizer, spec).to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    model.stored_dtype = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).dtype or network.dtype
-    return model
+    return Spec(**{**entry, "chain": tuple(entry["chain"])})
 
 
 def convert(config: ConvertConfig, objective: str, source: str | Path, output_dir: str | Path, *, seed: int = 0) -> DiffusionModel:

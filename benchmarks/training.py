@@ -1,12 +1,15 @@
 """Training cost of block diffusion: the plain method against ours, same model, same data, two noised views of each row.
 
     python benchmarks/training.py [--quick]
+    python benchmarks/training.py --gpu       # the shape of Qwen3-0.6B in bfloat16 on CUDA, with the MFU
 
 The plain method is what a reader of the papers writes first: for each view one forward over [x_t | x_0] with every
 block noised, logits [B, L, V] for the whole noised half, and cross-entropy over all of it. Ours shares the clean stream
 between the views, noises only blocks that can be scored, and runs the head at masked positions. Speeds are
 measured with both methods in turn in one process, memory in a process for each; supervised means masked, scored positions.
-Memory is the peak of resident memory in a step, above what the weights and their gradients take.
+Memory is the peak of resident (or CUDA) memory in a step, above what the weights and their gradients take. The MFU is what a
+method's own matrix products need (6 FLOPs a weight and position, attention for the pairs that see each other), per second,
+over the speed of a large bfloat16 matrix product measured in the same run.
 """
 
 from __future__ import annotations
@@ -25,10 +28,13 @@ from pathlib import Path
 from typing import Any
 
 BLOCK, VIEWS = 32, 2
+METHODS = ("plain", "ours")
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+SMALL, QWEN3_06B = (256, 6, 8, 4, 32, 768), (1024, 28, 16, 8, 128, 3072)
 
 
-def build(vocabulary: int) -> Any:
-    """A random Qwen3 of hidden size 256 and 6 layers, as a diffusion model with blocks of 32."""
+def build(cell: dict[str, Any]) -> Any:
+    """A random Qwen3, small or of the shape of Qwen3-0.6B, as a diffusion model with blocks of 32."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -36,35 +42,37 @@ def build(vocabulary: int) -> Any:
     from a2d_core.models import DiffusionModel, Spec
 
     torch.manual_seed(0)
+    shape, vocabulary = QWEN3_06B if cell["device"] == "cuda" else SMALL, cell["vocabulary"]
     config = Qwen3Config(
-        vocab_size=vocabulary, hidden_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, head_dim=32,
-        intermediate_size=768, max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
-    return DiffusionModel(Qwen3ForCausalLM(config), embedded.build_tokenizer(), Spec("bd3lm", BLOCK, vocabulary - 1)).train()
+        vocab_size=vocabulary, max_position_embeddings=2048, tie_word_embeddings=True, **dict(zip(SHAPE, shape, strict=True))
+    )
+    model = DiffusionModel(Qwen3ForCausalLM(config), embedded.build_tokenizer(), Spec("bd3lm", BLOCK, vocabulary - 1))
+    return model.to(cell["device"]).train()
 
 
-def make_batch(vocabulary: int, length: int, is_sft: bool) -> dict[str, Any]:
-    """Random rows, 2,048 tokens in all; in SFT rows the first half is the prompt. The masks are the same for both methods."""
+def make_batch(cell: dict[str, Any]) -> dict[str, Any]:
+    """Random rows, 2,048 tokens in all (8,192 on a GPU); in SFT rows the first half is the prompt. Both methods get the same masks."""
     import torch
 
     from a2d_core import noise
 
-    rows = 2048 // length
+    length, vocabulary = cell["length"], cell["vocabulary"]
+    rows = (8192 if cell["device"] == "cuda" else 2048) // length
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary - 1, (rows, length), generator=generator)
     turn = torch.ones_like(ids)
-    if is_sft:
+    if cell["rows"] == "sft":
         turn[:, : length // 2] = 0
     row, blocks = torch.arange(rows), length // BLOCK
     t = noise.draw_t("stratified", 0, 0, row, total_rows=rows, blocks=blocks, views=VIEWS, t_min=1e-3, t_max=1.0)
     t = t[:, :, torch.arange(length) // BLOCK]
     is_masked = noise.draw_mask(0, 0, row, t, turn > 0)
-    return {"ids": ids, "turn": turn, "is_masked": is_masked, "weight": 1 / t}
+    return {name: value.to(cell["device"]) for name, value in {"ids": ids, "turn": turn, "is_masked": is_masked, "weight": 1 / t}.items()}
 
 
 def ours(model: Any, batch: dict[str, Any]) -> Any:
-    """The loss as the trainer computes it."""
-    streams = model.objective.streams(batch["ids"], batch["turn"])
+    """The loss as the trainer computes it, the layout of the rows included."""
+    streams = model.objective.streams(batch["ids"].cpu(), batch["turn"].cpu()).to(model.device)
     position = streams.noised.position.expand(VIEWS, len(batch["ids"]), -1)
     layout = model.objective.layout(streams, batch["is_masked"].gather(2, position), batch["weight"].gather(2, position))
     return model(layout)[0] / (VIEWS * batch["turn"].sum())
@@ -77,8 +85,8 @@ def plain(model: Any, batch: dict[str, Any], view: int) -> Any:
 
     ids, is_masked, weight = batch["ids"], batch["is_masked"][view], batch["weight"][view]
     rows, length = ids.shape
-    position = torch.arange(length).repeat(2)
-    block, is_noised = position // BLOCK, torch.arange(2 * length) < length
+    position = torch.arange(length, device=ids.device).repeat(2)
+    block, is_noised = position // BLOCK, torch.arange(2 * length, device=ids.device) < length
     same_copy = is_noised[:, None] & is_noised[None, :] & (block[:, None] == block[None, :])
     before = ~is_noised[None, :] & torch.where(is_noised[:, None], block[None, :] < block[:, None], block[None, :] <= block[:, None])
     noised = torch.where(is_masked, model.spec.mask_token_id, ids)
@@ -112,45 +120,95 @@ def measure_cell(cell: dict[str, Any]) -> dict[str, Any]:
 
     from a2d_core.models import attention_kernel
 
-    model = build(cell["vocabulary"])
-    batch = make_batch(cell["vocabulary"], cell["length"], cell["rows"] == "sft")
+    device, model, batch = torch.device(cell["device"]), build(cell), make_batch(cell)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
 
     @contextmanager
     def arithmetic() -> Iterator[None]:  # both methods get the attention kernel that trains faster here
-        with torch.autocast("cpu", torch.bfloat16, enabled=cell["precision"] == "bfloat16"), attention_kernel(torch.device("cpu")):
+        with torch.autocast(device.type, torch.bfloat16, enabled=cell["precision"] == "bfloat16"), attention_kernel(device):
             yield
 
-    steps = {"plain": plain_step, "ours": ours_step}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    def step(name: str) -> float:
+        model.set_attention("auto" if name == "ours" else "sdpa")
+        start = time.perf_counter()
+        {"plain": plain_step, "ours": ours_step}[name](model, batch, arithmetic)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
     if cell["peak_of"]:
-        return {"mib": memory_peak(lambda: steps[cell["peak_of"]](model, batch, arithmetic))}
-    for step in steps.values():
-        step(model, batch, arithmetic)  # warm up
-    for _ in range(cell["repeats"]):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step(model, batch, arithmetic)
-            seconds[name].append(time.perf_counter() - start)
+        return {"mib": memory_peak(lambda: step(cell["peak_of"]), device)}
+    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    for name in METHODS * cell["warm_up"]:
+        step(name)
+    for name in METHODS * cell["repeats"]:
+        seconds[name].append(step(name))
     tokens, supervised = batch["ids"].numel(), int(batch["is_masked"].sum())
+    peak = matrix_peak(device) if device.type == "cuda" else None
     return {
-        name: {"tokens_s": tokens / statistics.median(times), "supervised_s": supervised / statistics.median(times)}
+        name: {
+            "tokens_s": tokens / statistics.median(times),
+            "supervised_s": supervised / statistics.median(times),
+            "mfu": flops(model, batch, name) / statistics.median(times) / peak if peak else None,
+        }
         for name, times in seconds.items()
     }
 
 
-def memory_peak(step: Callable[[], None]) -> float:
-    """MiB of resident memory that a step needs at its peak, above what was resident before it."""
+def flops(model: Any, batch: dict[str, Any], method: str) -> float:
+    """What the matrix products of one step of a method need, forward and backward."""
+    config, (rows, length) = model.network.config, batch["ids"].shape
+    blocks = length // BLOCK
+    if method == "plain":
+        slots, scored = VIEWS * rows * 2 * length, VIEWS * rows * length
+        pairs = VIEWS * rows * 2 * length * 2 * length  # a dense mask computes them all
+    else:
+        given = int((batch["turn"] == 0).sum(1).max()) // BLOCK
+        slots = rows * (length - BLOCK + VIEWS * (length - given * BLOCK))
+        scored = int(batch["is_masked"].sum())
+        clean, noised = sum(range(1, blocks)), VIEWS * sum(range(given + 1, blocks + 1))
+        pairs = rows * BLOCK * BLOCK * (clean + noised)
+    inside = sum(weight.numel() for weight in model.parameters()) - config.vocab_size * config.hidden_size
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
+    return 3 * (2 * inside * slots + attention + 2 * config.vocab_size * config.hidden_size * scored)
+
+
+def matrix_peak(device: Any) -> float:
+    """FLOP/s of a large bfloat16 matrix product, the best of ten."""
+    import torch
+
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    times = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ a
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 5 * 2 * 8192**3 / min(times)
+
+
+def memory_peak(step: Callable[[], object], device: Any) -> float:
+    """MiB that a step needs at its peak, above what was there before it."""
+    import torch
+
+    if device.type == "cuda":
+        step()  # compilation and workspaces
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     status = Path("/proc/self/status")
     Path("/proc/self/clear_refs").write_text("5")  # forget the earlier peak
 
     def read(field: str) -> float:
         return next(int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith(field))
 
-    before = read("VmRSS")
+    resident = read("VmRSS")
     step()
-    return read("VmHWM") - before
+    return read("VmHWM") - resident
 
 
 def in_a_process(cell: dict[str, Any]) -> dict[str, Any]:
@@ -164,25 +222,36 @@ def in_a_process(cell: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="length 128 and float32 only, two repetitions: under 5 minutes")
+    parser.add_argument("--gpu", action="store_true", help="the shape of Qwen3-0.6B in bfloat16 on CUDA")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
         print(json.dumps(measure_cell(json.loads(options.cell))))
         return
-    lengths, precisions = ((128,), ("float32",)) if options.quick else ((128, 512), ("float32", "bfloat16"))
+    heads = ("tokens/s", 10), ("supervised/s", 14), ("peak MiB", 10), ("MFU", 7)
+    print(
+        f"{'rows':<7}{'vocabulary':>11}{'length':>8}{'precision':>11}  {'method':<7}" + "".join(f"{name:>{width}}" for name, width in heads)
+    )
+    if options.gpu:
+        cells = [{"rows": rows, "vocabulary": 151936, "length": 512, "precision": "bfloat16"} for rows in ("plain", "sft")]
+        common = {"device": "cuda", "warm_up": 3, "repeats": 10}
+    else:
+        grid = itertools.product(("plain", "sft"), (2048, 151936), (128,) if options.quick else (128, 512), ("float32",) if options.quick else ("float32", "bfloat16"))  # fmt: skip  # noqa: E501
+        cells = [dict(zip(("rows", "vocabulary", "length", "precision"), values, strict=True)) for values in grid]
+        common = {"device": "cpu", "warm_up": 1, "repeats": 2 if options.quick else 3}
     ratios: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    print(f"{'rows':<7}{'vocabulary':>11}{'length':>8}{'precision':>11}  {'method':<7}{'tokens/s':>10}{'supervised/s':>14}{'peak MiB':>10}")
-    for rows, vocabulary, length, precision in itertools.product(("plain", "sft"), (2048, 151936), lengths, precisions):
-        cell = {"rows": rows, "vocabulary": vocabulary, "length": length, "precision": precision, "repeats": 2 if options.quick else 5}
-        found = in_a_process({**cell, "peak_of": None})
+    for cell in cells:
+        found = in_a_process({**cell, **common, "peak_of": None})
         for method in found:
-            found[method] |= in_a_process({**cell, "peak_of": method})
+            found[method] |= in_a_process({**cell, **common, "peak_of": method})
         for method, numbers in found.items():
-            print(f"{rows:<7}{vocabulary:>11,}{length:>8}{precision:>11}  {method:<7}{numbers['tokens_s']:>10,.0f}{numbers['supervised_s']:>14,.0f}{numbers['mib']:>10,.0f}", flush=True)  # fmt: skip  # noqa: E501
+            mfu = "" if numbers["mfu"] is None else f"{numbers['mfu']:.0%}"
+            print(f"{cell['rows']:<7}{cell['vocabulary']:>11,}{cell['length']:>8}{cell['precision']:>11}  {method:<7}{numbers['tokens_s']:>10,.0f}{numbers['supervised_s']:>14,.0f}{numbers['mib']:>10,.0f}{mfu:>7}", flush=True)  # fmt: skip  # noqa: E501
         ratio = found["ours"]["supervised_s"] / found["plain"]["supervised_s"], found["ours"]["mib"] / found["plain"]["mib"]
-        ratios.setdefault((rows, vocabulary), []).append(ratio)
-    speed, memory = {v: min(r[0] for r in ratios["sft", v]) for v in (2048, 151936)}, max(r[1] for r in ratios["sft", 151936])
-    result = {"supervised_tokens_v151936": speed[151936], "supervised_tokens_v2048": speed[2048], "activation_memory_v151936": memory}
+        ratios.setdefault((cell["rows"], cell["vocabulary"]), []).append(ratio)
+    sft = {vocabulary: found for (rows, vocabulary), found in ratios.items() if rows == "sft"}
+    result = {f"supervised_tokens_v{vocabulary}": min(speed for speed, _ in found) for vocabulary, found in sft.items()}
+    result["activation_memory_v151936"] = max(memory for _, memory in sft[151936])
     print("the worst of the SFT cells:")
     print(json.dumps({"ratios": {name: round(value, 3) for name, value in result.items()}}))
 

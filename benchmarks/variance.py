@@ -45,14 +45,7 @@ def draw(model: models.DiffusionModel, config: TrainConfig, rows_BL: torch.Tenso
     """One draw of the training loss: its value, its layout, and its cross-entropies. The gradient is left in the weights."""
     streams, row_B = model.objective.streams(rows_BL, torch.ones_like(rows_BL)), torch.arange(len(rows_BL))
     t, is_masked = trainer.corrupt(
-        config,
-        0,
-        step,
-        torch.arange(len(rows_BL)),
-        streams.chunk_BT,
-        streams.is_maskable_BT,
-        total_rows=len(rows_BL),
-        chunks=streams.chunks,
+        config, 0, step, row_B, streams.chunk_BT, streams.is_maskable_BT, total_rows=len(row_B), chunks=streams.chunks
     )
     layout = model.objective.layout(streams, is_masked, noise.nelbo_weight(t))
     model.zero_grad(set_to_none=True)

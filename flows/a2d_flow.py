@@ -247,6 +247,7 @@ class A2DFlow(FlowSpec):
                     room / "output",
                     seed=recipe.seed,
                     processes=recipe.compute.train.processes,
+                    strategy=recipe.compute.train.strategy,
                     resume_from=resume_from,
                 )
             tracking.log_numbers(numbers, summary={f"{name}/{key}": value for key, value in numbers.items()})

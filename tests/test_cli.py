@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import sys
 
 import pytest
@@ -113,6 +114,14 @@ def test_a_mistake_in_the_recipe_is_refused(fails, checkpoint, tmp_path):
 def test_rows_must_hold_whole_blocks_of_the_checkpoint(fails, checkpoint, tmp_path):
     sft = ("sft", "--model", checkpoint, "--output-dir", tmp_path / "out")
     assert "max_length=100 is not a multiple of convert.block_size=16: use 96" in fails(*sft, "--set", "max_length=100")
+
+
+def test_processes_that_cannot_meet_are_refused(fails, checkpoint, tmp_path):
+    sft = ("sft", "--model", checkpoint, "--output-dir", tmp_path / "out")
+    assert "unknown strategy 'zero9'" in fails(*sft, "--strategy", "zero9")
+    assert "2 nodes need the address of node 0 as HOST:PORT, not None" in fails(*sft, "--nodes", 2)
+    assert "node_rank=2 is none of 0 to 1" in fails(*sft, "--nodes", 2, "--node-rank", 2, "--main-address", "a:1")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_must_be_a_diffusion_checkpoint(fails, checkpoint, tmp_path):
@@ -230,6 +239,22 @@ def test_an_interrupted_training_is_resumed(run, trained, tmp_path):
         (tmp_path / "out" / name).rename(tmp_path / name)
     assert run(*sft, "--resume")[0] == 0
     final = [(folder / "checkpoint-final" / "model.safetensors").read_bytes() for folder in (tmp_path, tmp_path / "out")]
+    assert final[0] == final[1]
+
+
+def test_a_training_that_sigterm_stopped_is_resumed(run, trained, tmp_path, monkeypatch):
+    from a2d_core import trainer
+
+    sft = ("sft", "--preset", "smoke", "--model", trained / "c", "--output-dir")
+    assert run(*sft, tmp_path / "straight")[0] == 0
+    step = trainer.DiffusionTrainer.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.DiffusionTrainer, "training_step", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), step(*args))[1])
+        code, _, told = run(*sft, tmp_path / "out")
+    assert code == 143
+    assert f"stopped by SIGTERM at step 1 of 4, with nothing lost: the last good checkpoint is '{tmp_path}/out/checkpoint-1'" in told
+    assert run(*sft, tmp_path / "out", "--resume")[0] == 0
+    final = [(tmp_path / name / "checkpoint-final" / "model.safetensors").read_bytes() for name in ("straight", "out")]
     assert final[0] == final[1]
 
 

@@ -26,16 +26,6 @@ def write_jsonl(path, rows):
     return str(path)
 
 
-def conversations(*talks):
-    return Dataset.from_dict({"messages": list(talks)})
-
-
-def prompt_and_answer(row):
-    given_tokens, answer = ([t for t, turn in zip(row["input_ids"], row["turn"], strict=True) if turn == wanted] for wanted in (0, 1))
-    assert given_tokens + answer == row["input_ids"]  # the supervised span is one, at the end
-    return TOKENIZER.decode(given_tokens), TOKENIZER.decode(answer)
-
-
 # --- loading ---
 
 
@@ -160,13 +150,14 @@ def test_mistakes_in_the_data_name_the_value_and_the_remedy(tmp_path):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=12), st.integers(2, 20), st.booleans())
 def test_rows_are_the_documents_in_order_without_the_tail(texts, max_length, insert_eos):
-    line = [token for text in texts for token in [*TOKENIZER(text)["input_ids"], *[EOS] * insert_eos]]
+    line = [token for text in filter(None, texts) for token in [*TOKENIZER(text)["input_ids"], *[EOS] * insert_eos]]
     dataset = Dataset.from_dict({"text": texts})
     if len(line) < max_length:
         with pytest.raises(UserError, match=f"max_length={max_length}"):
-            data.pretraining_rows(dataset, TOKENIZER, "text", max_length, insert_eos)
+            data.pretraining_rows(dataset, TOKENIZER, max_length, insert_eos)
         return
-    rows = data.pretraining_rows(dataset, TOKENIZER, "text", max_length, insert_eos)
+    rows, dropped = data.pretraining_rows(dataset, TOKENIZER, max_length, insert_eos)
+    assert dropped == ({"empty": texts.count("")} if "" in texts else {})
     assert {len(ids) for ids in rows["input_ids"]} == {max_length}
     assert [token for ids in rows["input_ids"] for token in ids] == line[: len(line) - len(line) % max_length]
     assert rows["row"][:] == list(range(len(rows)))
@@ -177,82 +168,8 @@ def test_rows_run_on_across_the_batches_in_which_documents_are_tokenised(tmp_pat
     train, _ = data.load_documents(write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in texts]), TrainConfig(eval_fraction=0.001))
     line = [token for text in train["text"] for token in [*TOKENIZER(text)["input_ids"], EOS]]
     for _ in range(2):  # the second time from the cache of the datasets library
-        rows = data.pretraining_rows(train, TOKENIZER, "text", 64, True)
+        rows, _ = data.pretraining_rows(train, TOKENIZER, 64, True)
         assert [token for ids in rows["input_ids"] for token in ids] == line[: len(line) - len(line) % 64]
-
-
-# --- rows of conversations ---
-
-
-def test_only_the_answer_and_its_end_are_supervised():
-    rows, dropped = data.conversation_rows(conversations(TALK), TOKENIZER, 64)
-    assert prompt_and_answer(rows[0]) == ("<|user|>hi<|end|><|assistant|>", "yo<|end|>")
-    assert dropped == {}
-    assert rows[0]["row"] == 0
-
-
-def test_each_assistant_turn_is_a_row_with_the_earlier_turns_as_its_prompt():
-    more = [*TALK, {"role": "user", "content": "so?"}, {"role": "assistant", "content": "nothing"}]
-    rows, _ = data.conversation_rows(conversations(more, TALK), TOKENIZER, 64)
-    assert [prompt_and_answer(row)[1] for row in rows] == ["yo<|end|>", "nothing<|end|>", "yo<|end|>"]
-    assert prompt_and_answer(rows[1])[0] == "<|user|>hi<|end|><|assistant|>yo<|end|><|user|>so?<|end|><|assistant|>"
-
-
-def test_white_space_behind_the_end_of_turn_is_left_out_and_a_missing_end_is_put_in():
-    chatml = embedded.build_tokenizer()
-    chatml.chat_template = TOKENIZER.chat_template.replace("<|end|>' }}", "<|end|>\n' }}")
-    rows, _ = data.conversation_rows(conversations(TALK), chatml, 64)
-    assert prompt_and_answer(rows[0]) == ("<|user|>hi<|end|>\n<|assistant|>", "yo<|end|>")
-    endless = embedded.build_tokenizer()
-    endless.chat_template = (
-        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    rows, _ = data.conversation_rows(conversations(TALK), endless, 64)
-    assert prompt_and_answer(rows[0]) == ("user: hi\nassistant: ", "yo\n<|end|>")
-
-
-def test_rows_that_cannot_be_supervised_are_dropped_and_counted():
-    def talk(*turns):
-        return [{"role": role, "content": content} for role, content in turns]
-
-    long = talk(("user", "hi"), ("assistant", "y" * 30))
-    rows, dropped = data.conversation_rows(
-        conversations(TALK, long, talk(("user", "hi")), talk(("assistant", "hello")), talk(("user", "hi"), ("assistant", " "))),
-        TOKENIZER,
-        24,
-    )
-    assert len(rows) == 1
-    assert dropped == {"longer than max_length=24": 1, "no assistant turn": 1, "no prompt": 1, "empty response": 1}
-
-
-def test_a_template_that_rewrites_its_prompt_or_refuses_a_conversation_is_not_trained_on():
-    rewriting = embedded.build_tokenizer()
-    rewriting.chat_template = "{{ messages | length }}" + TOKENIZER.chat_template
-    with pytest.raises(UserError, match="template does not extend its prompt': 1"):
-        data.conversation_rows(conversations(TALK), rewriting, 64)
-    refusing = embedded.build_tokenizer()
-    refusing.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TOKENIZER.chat_template
-    )
-    rows, dropped = data.conversation_rows(conversations(TALK, [{"role": "system", "content": "s"}, *TALK]), refusing, 64)
-    assert len(rows) == 1
-    assert dropped == {"refused by the chat template: no system role": 1}
-
-
-def test_a_row_must_fit_max_length_once_its_last_block_is_filled():
-    row, _ = data.conversation_rows(conversations(TALK), TOKENIZER, 64)
-    length = len(row[0]["input_ids"])
-    assert len(data.conversation_rows(conversations(TALK), TOKENIZER, length)[0]) == 1
-    with pytest.raises(UserError, match="longer than max_length"):
-        data.conversation_rows(conversations(TALK), TOKENIZER, length, block_size=length - 1)
-
-
-def test_a_tokenizer_without_chat_template_is_refused():
-    plain = embedded.build_tokenizer()
-    plain.chat_template = None
-    with pytest.raises(UserError, match=r"no chat template: .*chat_template\.jinja"):
-        data.conversation_rows(conversations(TALK), plain, 64)
 
 
 # --- batches ---

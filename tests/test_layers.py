@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["config", "noise", "loss"],
-    ["attention", "objectives", "store", "launch", "presets", "follow"],
-    ["models", "embedded", "data", "tracking", "tasks"],
+    ["attention", "objectives", "store", "strategies", "launch", "presets", "checkpoints", "follow"],
+    ["lora", "models", "embedded", "data", "tracking", "tasks"],
     ["likelihood", "cache", "policies", "sampling", "infill"],
-    ["trainer", "harness", "pyfunc_model", "registry", "chat"],
+    ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat"],
     ["stages"],
     ["commands"],
     ["__main__"],
@@ -32,12 +32,13 @@ NUMERIC_CORE = [
     "cache",
     "policies",
     "sampling",
+    "guard",
     "trainer",
     "launch",
     "chat",
 ]
-QUICK = ["config", "presets", "launch", "store", "follow", "tracking", "stages.checks", "commands", "__main__"]
-PIPELINE = {"metaflow", "mlflow", "datasets", "lm_eval"}
+QUICK = ["config", "presets", "strategies", "launch", "store", "checkpoints", "follow", "tracking", "stages.checks", "commands", "__main__"]
+PIPELINE = {"peft", "metaflow", "mlflow", "datasets", "lm_eval"}
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "pandas"} | PIPELINE
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, diffusion_model, network
+from torch.nn.attention.flex_attention import flex_attention
 
 from a2d_core import embedded, models
 from a2d_core.config import ConvertConfig, UserError
@@ -143,3 +144,32 @@ def test_saving_and_loading_changes_nothing(source: Path, tmp_path: Path) -> Non
     again = models.load(tmp_path / "b")
     assert again.network.dtype == torch.bfloat16
     assert all(torch.equal(a, b) for a, b in zip(made.network.parameters(), again.network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt2"])
+@pytest.mark.parametrize("objective", ["mdlm", "bd3lm"])
+def test_flex_attention_scores_what_the_dense_mask_scores(objective: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run uncompiled, on a CPU: the masks and the padding to tiles are the same as on a GPU."""
+    monkeypatch.setattr("transformers.integrations.flex_attention.WrappedFlexAttention.__call__", lambda self: flex_attention)
+    model = diffusion_model(objective, family=family)
+    ids = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(0))
+    turn = torch.ones_like(ids)
+    found = []
+    for implementation in (model.network.config._attn_implementation, "flex_attention"):
+        model.set_attention(implementation)
+        of_turn = []
+        for turn[1, :9] in (1, 0):  # rows that are alike, and rows that are not
+            streams = model.objective.streams(ids, turn)
+            is_masked = (torch.rand(2, *streams.chunk_BT.shape, generator=torch.Generator().manual_seed(1)) < 0.5) & streams.is_maskable_BT
+            with torch.no_grad():
+                of_turn.append(model(model.objective.layout(streams, is_masked, torch.ones(is_masked.shape)))[1])
+        found.append(torch.cat(of_turn))
+    assert found[0].sum() > 0 and torch.allclose(*found, atol=1e-4)
+
+
+def test_a_family_without_flex_attention_says_so() -> None:
+    model = diffusion_model("bd3lm", family="gpt2")
+    model.set_attention("auto")
+    assert model.network.config._attn_implementation == "sdpa"
+    with pytest.raises(UserError, match="GPT2LMHeadModel has no FlexAttention in transformers: set attention=auto"):
+        model.set_attention("flex_attention")

@@ -73,8 +73,9 @@ def test_gradient_accumulation_4x2_equals_1x8(objective: str, kind: str, tmp_pat
 
 
 @pytest.mark.parametrize("at", [2, 4])
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(at: int, tmp_path: Path) -> None:
-    config = replace(CONFIG, max_steps=6, views=2, batch_size=4, gradient_accumulation_steps=2)
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(at: int, group_by_length: bool, tmp_path: Path) -> None:
+    config = replace(CONFIG, max_steps=6, views=2, batch_size=4, gradient_accumulation_steps=4, group_by_length=group_by_length)
     straight, metrics = run(tmp_path / "straight", config)
     shutil.copytree(tmp_path / "straight" / f"checkpoint-{at}", tmp_path / "resumed" / f"checkpoint-{at}") if at == 4 else None
     if at == 2:  # keep_checkpoints=2 has deleted it: make it again
@@ -85,6 +86,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(at: int, tmp_path:
     assert distance(straight, resumed) == 0
     assert losses(tmp_path / "resumed") == losses(tmp_path / "straight")
     assert {k: v for k, v in metrics.items() if "eval" in k} == {k: v for k, v in again.items() if "eval" in k}
+
+
+def test_grouping_by_length_pads_less_and_keeps_every_row() -> None:
+    lengths = [3 + i * 7 % 50 for i in range(96)]
+    sampler = trainer.LengthGroups(lengths, 8, seed=0)
+    orders = []
+    for epoch in (0, 0, 1):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2]) == list(range(96))
+
+    def padding(order: list[int]) -> int:
+        batches = [[lengths[i] for i in order[start : start + 8]] for start in range(0, 96, 8)]
+        return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
+
+    assert padding(orders[0]) < padding(list(range(96))) / 2
 
 
 def test_a_run_that_was_complete_is_not_trained_further(tmp_path: Path) -> None:

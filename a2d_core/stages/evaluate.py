@@ -153,7 +153,7 @@ def held_out_rows(config: EvaluateConfig, model: DiffusionModel, seed: int) -> T
         f"evaluate.text_length={config.text_length} is more than the model's context of {context} positions: lower it",
     )
     _, held_out = data.load_documents(str(config.text_dataset), config.reading(), seed)
-    rows = data.pretraining_rows(held_out, model.tokenizer, config.text_field, config.text_length, insert_eos=True)
+    rows, _ = data.pretraining_rows(held_out, model.tokenizer, config.text_length, insert_eos=True)
     count = min(config.text_rows, len(rows))
     return torch.tensor(rows.select([place * len(rows) // count for place in range(count)])["input_ids"][:])
 

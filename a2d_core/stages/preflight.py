@@ -15,7 +15,7 @@ def inputs(recipe: Recipe) -> None:
     evaluate = recipe.evaluate
     if recipe.pretrain.enabled and recipe.pretrain.dataset != SHIPPED["pretrain"]:
         _documents(recipe.pretrain, recipe.seed)
-    if recipe.sft.enabled and recipe.sft.dataset != SHIPPED["sft"]:
+    if recipe.sft.enabled and (recipe.sft.dataset != SHIPPED["sft"] or recipe.sft.streaming):
         from a2d_core import data
 
         data.load_conversations(recipe.sft.dataset, recipe.sft, recipe.seed)
@@ -50,4 +50,7 @@ def checkpoint(recipe: Recipe, model_dir: str | Path) -> None:
 def _documents(config: TrainConfig, seed: int) -> None:
     from a2d_core import data  # heavy, and needless for what is shipped
 
-    data.load_documents(config.dataset, config, seed)
+    if config.streaming:
+        data.open_stream(config, seed)
+    else:
+        data.load_documents(config.dataset, config, seed)

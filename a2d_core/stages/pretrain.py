@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from a2d_core import launch
 from a2d_core.config import TrainConfig
 from a2d_core.stages import training
 
@@ -22,22 +23,34 @@ def run(
     *,
     seed: int = 0,
     processes: int = 1,
+    strategy: str = "ddp",
+    nodes: launch.Nodes = launch.ONE_NODE,
     resume_from: str | None = None,
 ) -> dict[str, Any]:
     """Train on `config.dataset`; write `metrics.jsonl`, `checkpoint-N` and `checkpoint-final` below `output_dir`.
 
-    `processes` > 1 trains with DDP on this machine. `resume_from`: a `checkpoint-N` directory of the same run.
-    Returns the held-out NELBO (nats per token), tokens per second, steps, and peak memory.
+    `processes` of this node share the training by `strategy`; of several `nodes`, which share `output_dir`, each calls this.
+    `resume_from`: a `checkpoint-N` directory of the same run.
+    Returns the held-out NELBO (nats per token), tokens per second, steps, peak memory, and how many documents were
+    dropped for which reason.
     """
-    return training.run("pretrain", config, model_dir, output_dir, seed=seed, processes=processes, resume_from=resume_from)
+    return training.run(
+        "pretrain", config, model_dir, output_dir, seed=seed, processes=processes, strategy=strategy, nodes=nodes, resume_from=resume_from
+    )
 
 
-def prepare(config: TrainConfig, model: DiffusionModel, seed: int) -> tuple[Dataset, Dataset, trainer.Fill, dict[str, Any]]:
-    """Training and held-out rows of `max_length` tokens, without fill; no further facts."""
+def prepare(config: TrainConfig, model: DiffusionModel, seed: int) -> tuple[Any, Dataset, trainer.Fill, dict[str, Any]]:
+    """Training and held-out rows of `max_length` tokens, without fill; and how many documents were dropped for which reason.
+
+    With `streaming` the training rows are a stream, and what it drops is counted while it is read.
+    """
     from a2d_core import data
 
-    texts = data.load_documents(config.dataset, config, seed)
-    train_rows, eval_rows = (
-        data.pretraining_rows(part, model.tokenizer, config.text_field, config.max_length, config.insert_eos) for part in texts
+    if config.streaming:
+        stream, held_out = data.stream_rows(config, model.tokenizer, seed)
+        return stream, held_out, None, {"dropped": stream.dropped}
+    (train_rows, dropped), (eval_rows, _) = (
+        data.pretraining_rows(part, model.tokenizer, config.max_length, config.insert_eos, pack=config.pack, num_workers=config.num_workers)
+        for part in data.load_documents(config.dataset, config, seed)
     )
-    return train_rows, eval_rows, None, {}
+    return train_rows, eval_rows, None, {"dropped": dropped}
