@@ -12,8 +12,8 @@ LAYERS = [
     ["config", "noise", "loss"],
     ["attention", "objectives", "store", "strategies", "launch", "presets", "checkpoints", "follow"],
     ["lora", "models", "embedded", "data", "tracking", "tasks"],
-    ["likelihood", "cache", "policies", "sampling", "infill"],
-    ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat"],
+    ["likelihood", "cache", "policies", "sampling", "infill", "watch", "replay"],
+    ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat", "terminal"],
     ["stages"],
     ["commands"],
     ["__main__"],
@@ -35,7 +35,9 @@ NUMERIC_CORE = [
     "guard",
     "trainer",
     "launch",
+    "watch",
     "chat",
+    "terminal",
 ]
 QUICK = ["config", "presets", "strategies", "launch", "store", "checkpoints", "follow", "tracking", "stages.checks", "commands", "__main__"]
 PIPELINE = {"peft", "metaflow", "mlflow", "datasets", "lm_eval"}
