@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -16,9 +18,9 @@ from a2d_core.models import DiffusionModel
 from a2d_core.watch import Watched
 
 HELP = """\
-/system TEXT            what the model is told before the conversation; without TEXT, nothing
-/settings               how answers are generated
-/settings FIELD=VALUE   change it: /settings threshold=0.7 temperature=0.5
+/system TEXT            set the system prompt; without TEXT, remove it
+/settings [FIELD]       how answers are generated; with a field, what it means
+/settings FIELD=VALUE   change it, as in /settings threshold=0.7 temperature=0.5
 /reset                  forget the conversation
 /help                   this
 /quit                   leave; so does Ctrl-D. Ctrl-C stops an answer"""
@@ -120,8 +122,7 @@ class Chat:
 def obey(conversation: Chat, name: str, rest: str, fixed: dict[str, str]) -> str:
     """Carry out a command, and return what to say of it. `fixed`: fields that /settings does not change, and why."""
     if name == "settings":
-        conversation.config = _changed(conversation, rest, fixed)
-        return _settings(conversation.config, fixed)
+        return _settings(conversation, rest, fixed)
     if name == "system":
         conversation.instruct(rest)
         return "the system prompt is set" if rest else "there is no system prompt"
@@ -132,23 +133,28 @@ def obey(conversation: Chat, name: str, rest: str, fixed: dict[str, str]) -> str
     return HELP
 
 
-def _changed(conversation: Chat, text: str, fixed: dict[str, str]) -> SampleConfig:
-    """The configuration with each `field=value` of the text; raises `UserError` where the model cannot do what it says."""
-    values = to_dict(conversation.config)
-    for part in re.findall(r"\w+=.*?(?=\s+\w+=|\s*$)", text) if "=" in text else text.split():
+def _settings(conversation: Chat, text: str, fixed: dict[str, str]) -> str:
+    """Change `field=value ...`, or tell the value and the meaning of a field, or all values."""
+    now, meanings = to_dict(conversation.config), describe(SampleConfig)
+    if not text:
+        return "\n".join(f"{name:<18} {_shown(now[name])}" for name in now if name not in fixed) + "\n/settings FIELD tells what it means"
+    if "=" not in text:
+        require(text in now and text not in fixed, f"there is no setting '{text}': /settings lists them")
+        return f"{text}={_shown(now[text])}: {meanings[text]}"
+    changes: dict[str, Any] = {}
+    for part in re.split(r"\s+(?=\w+=)", text):
         path, value = parse_override(part)
         name = ".".join(path)
         require(name not in fixed, f"{name} cannot be changed here: {fixed.get(name)}")
-        values[name] = value
-    config = build(SampleConfig, values, "sample")
+        changes[name] = value
+    config = build(SampleConfig, {**now, **changes}, "sample")
     conversation.model.objective.check_sampling(config)
-    return config
+    conversation.config = config
+    return "\n".join(f"{name}={_shown(to_dict(config)[name])}" for name in changes)
 
 
-def _settings(config: SampleConfig, fixed: dict[str, str]) -> str:
-    rows = [(name, str(value), describe(SampleConfig)[name]) for name, value in to_dict(config).items() if name not in fixed]
-    name_width, value_width = (max(len(row[i]) for row in rows) for i in (0, 1))
-    return "\n".join(f"{name:<{name_width}}  {value:<{value_width}}  {meaning}" for name, value, meaning in rows)
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def forgot(conversation: Chat, turns: int) -> str:

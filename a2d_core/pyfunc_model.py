@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
@@ -13,9 +13,8 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 class DiffusionLanguageModel(PythonModel):
     """Answers prompts: a column `prompt`, one row a prompt, gives a list of texts.
 
-    The parameters of a call (max_new_tokens, threshold, temperature, block_size, steps) replace those
-    of the recipe that the model was sampled with; `steps` is the number of network evaluations per
-    block. 0 stands for "not set" in threshold, block_size and steps.
+    The parameters of a call replace the fields of `SampleConfig` that have their names; 0 stands for "not set" where a field may be
+    None (threshold, steps_per_block, ...).
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -30,13 +29,16 @@ class DiffusionLanguageModel(PythonModel):
         """One answer per row. (Any other hint on `model_input` would replace the signature, and drop its parameters.)"""
         from a2d_core import sampling
 
-        tokenizer, given = self.model.tokenizer, params or {}
-        changes: dict[str, Any] = {name: given[name] for name in ("max_new_tokens", "temperature") if name in given}
-        unset = {"threshold": "threshold", "block_size": "block_size", "steps": "steps_per_block"}
-        changes |= {field: given[name] or None for name, field in unset.items() if name in given}
-        config = replace(self.config, **changes)
+        config = self.config.with_parameters(params or {})
         prompts = [self.model.encode(str(text), chat=config.chat) for text in model_input["prompt"]]
-        return [tokenizer.decode(g.tokens, skip_special_tokens=True) for g in sampling.generate(self.model, prompts, config)]
+        return [answer.text for answer in sampling.generate(self.model, prompts, config)]
+
+    def predict_stream(self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None) -> Iterator[str]:
+        """The answer to the one prompt of `{"prompt": TEXT}`: each block when it is filled, and the pieces make up the answer."""
+        from a2d_core import watch
+
+        config = self.config.with_parameters(params or {})
+        yield from watch.blocks(self.model, self.model.encode(str(model_input["prompt"]), chat=config.chat), config)
 
 
 set_model(DiffusionLanguageModel())

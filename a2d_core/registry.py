@@ -6,6 +6,7 @@ A version carries tags that lead back to its run, `review=pending`, and the alia
 from __future__ import annotations
 
 import hashlib
+import typing
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -59,16 +60,10 @@ def _log(model_dir: str | Path, sample: SampleConfig) -> Any:
     """Log the checkpoint, and the code that runs it, as a model of the active run."""
     import mlflow
     from mlflow.models.signature import ModelSignature
-    from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import ColSpec, ParamSchema, Schema
 
     package = Path(a2d_core.__file__).parent
-    params = [
-        ParamSpec("max_new_tokens", "integer", sample.max_new_tokens),
-        ParamSpec("threshold", "double", sample.threshold or 0.0),
-        ParamSpec("temperature", "double", sample.temperature),
-        ParamSpec("block_size", "integer", sample.block_size or 0),
-        ParamSpec("steps", "integer", sample.steps_per_block or 0),
-    ]
+    params = [_parameter(name, value) for name, value in sample.parameters().items()]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided")  # it would be run, on whatever machine this is
         return mlflow.pyfunc.log_model(
@@ -80,3 +75,13 @@ def _log(model_dir: str | Path, sample: SampleConfig) -> Any:
             pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS],
             signature=ModelSignature(Schema([ColSpec("string", "prompt")]), Schema([ColSpec("string")]), ParamSchema(params)),
         )
+
+
+def _parameter(name: str, default: Any) -> Any:
+    """A parameter of a call as MLflow describes it: its type is that of the field of `SampleConfig`."""
+    from mlflow.types.schema import ParamSpec
+
+    hint = typing.get_type_hints(SampleConfig)[name]
+    types = {int: "integer", float: "double", str: "string", bool: "boolean"}
+    kind = next((types[t] for t in (hint, *typing.get_args(hint)) if t in types), "string")  # a Literal is one of its texts
+    return ParamSpec(name, kind, list(default) if isinstance(default, tuple) else default, (-1,) if isinstance(default, tuple) else None)

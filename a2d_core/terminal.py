@@ -160,7 +160,7 @@ class _View:
     def text(self) -> Text:
         from rich.text import Text
 
-        if self.answer is not None:
+        if self.answer is not None and not self.answer.stopped:
             return Text(plain(self.answer.text))
         assert self.watched is not None
         start, stop = self.watched.active
@@ -181,15 +181,19 @@ class _View:
 
         assert self.watched is not None
         special = set(self.model.tokenizer.all_special_ids)
-        tokens = self.answer.tokens if self.answer else sum(mark.token not in special for mark in self.watched.marks.values())
+        tokens = sum(mark.token not in special for mark in self.watched.marks.values())
+        if self.answer is not None and not self.answer.stopped:
+            tokens = self.answer.tokens
         seconds = self.answer.seconds if self.answer else self.seconds
         words = [
-            f"{tokens} tokens",
-            f"{self.watched.nfe} evaluations",
+            f"{tokens} token{'s' * (tokens != 1)}",
+            f"{self.watched.nfe} evaluation{'s' * (self.watched.nfe != 1)}",
             f"{tokens / max(self.watched.nfe, 1):.1f} tokens/evaluation",
             f"{tokens / max(seconds, 1e-9):.0f} tokens/s",
         ]
-        return Text(" · ".join(words + ["stopped"] * bool(self.answer and self.answer.stopped)), "dim")
+        if self.answer and self.answer.stopped:
+            words.append(f"stopped: what stands before the first {MASKED} is kept")
+        return Text(" · ".join(words), "dim", no_wrap=True, overflow="ellipsis")
 
 
 def colour(probability: float) -> str:

@@ -53,11 +53,13 @@ class Watched:
 
     @property
     def active(self) -> tuple[int, int]:
-        """The positions [start, stop) that are being filled: the first stretch with a mask token, or nothing behind the last."""
+        """The positions [start, stop) that are being filled: the first stretch with a mask token; none where the answer has ended."""
         for start, stop in self.canvas.stretches:
             start = max(start, self.canvas.begin)
             if any(position not in self.marks for position in range(start, stop)):
                 return start, stop
+            if any(self.marks[position].token in self.model.stop_token_ids for position in range(start, stop)):
+                return stop, stop
         return len(self.canvas.tokens), len(self.canvas.tokens)
 
     def final(self) -> str:
