@@ -73,13 +73,26 @@ def parser() -> argparse.ArgumentParser:
         train.add_argument("--main-address", metavar="HOST:PORT", help="where the nodes meet: node 0 and a free port there")
         train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output-dir")
 
-    sample = _command(group, "sample", "generate from a fixed set of prompts", commands.sample)
+    sample = _command(group, "sample", "generate from a fixed set of prompts", commands.sample, writes=False)
     _model(sample)
     asked = sample.add_mutually_exclusive_group()
     asked.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; give it again for more (default: the preset's)")
     asked.add_argument(
-        "--prompts", type=Path, metavar="FILE", help='prompts, one a line: plain text, or .jsonl with texts or {"prompt": ...}'
+        "--prompts", type=Path, metavar="FILE",
+        help='prompts, one a line: plain text, or .jsonl with {"prompt": ...} or {"messages": [...]}, whose other fields are kept',
+    )  # fmt: skip
+    place = sample.add_mutually_exclusive_group(required=True)
+    place.add_argument("--output-dir", metavar="DIR", help="where samples.jsonl goes: a new or empty directory")
+    place.add_argument("--output", type=Path, metavar="FILE", help="or the file itself, with the ending .jsonl")
+    sample.add_argument("--resume", action="store_true", help="go on: prompts whose answers are in the output are skipped")
+    sample.add_argument("--overwrite", action="store_true", help="replace the earlier output")
+    sample.add_argument(
+        "--infill", action="store_true", help="fill the gaps <mask:5> (five tokens) or <mask:2-8> (two to eight) of the prompts"
     )
+    sample.add_argument(
+        "--animate", type=Path, metavar="FILE", help="write a page (.html) that replays how the first prompts were answered"
+    )
+    _mlflow(sample)
 
     chat = _command(group, "chat", "talk to a model; in a pipe, one line in is one answer out", commands.chat, writes=False)
     _model(chat)
@@ -88,6 +101,10 @@ def parser() -> argparse.ArgumentParser:
     )
     chat.add_argument(
         "--forget", action="store_true", help="answer each question by itself (for models tuned on single questions, as the tiny one is)"
+    )
+    chat.add_argument("--system", default="", metavar="TEXT", help="system prompt: what the model is told before the conversation")
+    chat.add_argument(
+        "--pace", type=float, default=0.0, metavar="SECONDS", help="show each evaluation for so long, to watch a fast model (terminal)"
     )
 
     evaluate = _command(group, "evaluate", "score on lm-evaluation-harness tasks, and the NELBO of held-out text", commands.evaluate)
@@ -170,10 +187,14 @@ def _command(group: Any, name: str, what: str, run: Any, writes: bool = True) ->
     _recipe_options(command, "field=value")
     if writes:
         _output(command)
-        command.add_argument(
-            "--mlflow", nargs="?", const="", metavar="URI", help="track in MLflow (without URI: MLFLOW_TRACKING_URI, or ./mlflow.db)"
-        )
+        _mlflow(command)
     return command
+
+
+def _mlflow(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--mlflow", nargs="?", const="", metavar="URI", help="track in MLflow (without URI: MLFLOW_TRACKING_URI, or ./mlflow.db)"
+    )
 
 
 def _recipe_options(command: argparse.ArgumentParser, grammar: str) -> None:
@@ -193,8 +214,9 @@ def _output(command: argparse.ArgumentParser) -> None:
 
 def _model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--model", required=True, metavar="DIR", help="diffusion checkpoint: a directory that convert, pretrain or sft has made"
-    )
+        "--model", required=True, metavar="DIR",
+        help="diffusion checkpoint: a directory that convert, pretrain or sft has made, or models:/NAME@ALIAS or models:/NAME/VERSION",
+    )  # fmt: skip
     command.add_argument("--objective", choices=OBJECTIVES, help="only for a model that does not say it: on the Hub, or a published one")
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import launch, presets, strategies, tracking
-from a2d_core.config import OBJECTIVES, STAGES, Recipe, TrackingConfig, UserError, build, parse_override, parse_sources, require, to_dict
+from a2d_core.config import OBJECTIVES, STAGES, Recipe, TrackingConfig, build, parse_override, parse_sources, require, to_dict
 from a2d_core.follow import Follower
-from a2d_core.stages import checks
+from a2d_core.stages import checks, prompts
 
 USES = {
     "convert": ("convert",),
@@ -31,6 +31,10 @@ UNREAD = {
     "evaluate": {"sample.prompts": "the tasks bring their own", "evaluate.baseline": "use --baseline DIR"},
 }
 """Command -> the fields of its stages that it does not read, and why; `enabled` is one for every command."""
+SHOWN = 8
+"""Samples that are printed; the others are in the file."""
+LOGGED = ("answer", "tokens", "nfe", "seconds")
+"""Columns of the table of samples in MLflow, beside the prompt."""
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -83,27 +87,62 @@ def train(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """Generate, and print what came."""
-    prompts = _read_prompts(args.prompts) if args.prompts else args.prompt
-    recipe = _resolve_for_model(args, [_option("sample.prompts", prompts)])
-    with _work(args, recipe, inputs=(args.model, args.prompts)) as output_dir:
+    rows = prompts.read(args.prompts, infill=args.infill) if args.prompts else None
+    recipe = _resolve_for_model(args, [_option("sample.prompts", args.prompt)])
+    require(not (args.infill and args.animate), "--animate replays answers, not infills: leave out one of the two")
+    folder = args.animate.absolute().parent if args.animate else None
+    require(
+        folder is None or (args.animate.suffix == ".html" and folder.is_dir()),
+        f"--animate {args.animate}: give a file .html in a folder that exists",
+    )
+    output = args.output or Path(args.output_dir, "samples.jsonl")
+    require(output.suffix == ".jsonl", f"--output {output}: give a file with the ending .jsonl, or a directory with --output-dir")
+    require(
+        args.resume or args.overwrite or not output.exists(),
+        f"'{output}' is there already: go on from it with --resume, replace it with --overwrite, or choose another",
+    )
+    with _work(args, recipe, inputs=(args.model, args.prompts)):
         from a2d_core.stages import sample as stage
 
-        result = stage.run(recipe.sample, args.model, output_dir, seed=recipe.seed, objective=recipe.objective)
+        result = stage.run(
+            recipe.sample,
+            args.model,
+            output,
+            seed=recipe.seed,
+            rows=rows,
+            resume=args.resume,
+            infill=args.infill,
+            animate=args.animate,
+            objective=recipe.objective,
+        )
         if args.mlflow is not None:
-            tracking.log_samples(result["samples"])
-    for row in result["samples"]:
-        print(row["prompt"], f"  {row['completion']}", sep="\n")
-        print(f"  ({row['new_tokens']} tokens, {row['nfe']:g} evaluations, {row['tokens_per_second']:.0f} tokens/s)\n")
-    print(f"all of it is in {output_dir}/samples.jsonl")
+            tracking.log_samples([{"prompt": stage.text(row), **{n: row[n] for n in LOGGED}} for row in result["samples"]])
+    for row in result["samples"][:SHOWN]:
+        print(stage.text(row), f"  {row['answer']}", sep="\n")
+        print(f"  ({row['tokens']} tokens, {row['nfe']} evaluations, {row['seconds']:.2f} s)\n")
+    print(f"{result['answered']} prompts answered, {result['skipped']} skipped: all of it is in {output}")
+    if args.animate:
+        print(f"the replay is {args.animate}: open it in a browser")
 
 
 def chat(args: argparse.Namespace) -> None:
     """Talk to a model."""
     recipe = _resolve_for_model(args, [])
-    from a2d_core import chat as terminal
+    require(args.pace >= 0, f"--pace {args.pace}: give seconds, 0 or more")
+    from a2d_core import terminal
 
     with checks.memory_advice("sample", recipe.sample):
-        terminal.run(recipe.sample, args.model, raw=args.raw, forget=args.forget, seed=recipe.seed, objective=recipe.objective)
+        terminal.run(
+            recipe.sample,
+            args.model,
+            raw=args.raw,
+            forget=args.forget,
+            system=args.system,
+            pace=args.pace,
+            seed=recipe.seed,
+            objective=recipe.objective,
+            fixed={name.partition(".")[2]: why for name, why in UNREAD["chat"].items()} | {"enabled": "it is"},
+        )
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -242,6 +281,8 @@ def _complete(text: str, command: str) -> str:
 
 def _resolve_for_model(args: argparse.Namespace, options: Sequence[str | None]) -> Recipe:
     """The recipe for a checkpoint, whose directory tells the objective and the block size."""
+    if args.model.startswith("models:/"):
+        args.model = tracking.checkpoint_of(args.model, TrackingConfig(uri=args.mlflow or None))
     model = Path(args.model)
     spec = checks.read_spec(model)
     if spec is None:
@@ -270,7 +311,11 @@ def _work(args: argparse.Namespace, recipe: Recipe, inputs: tuple[str | Path | N
     if args.mlflow is not None:
         uri = tracking.default_uri(TrackingConfig(uri=args.mlflow or None))
         tracking.check_server(uri)
-    output_dir = checks.output_directory(args.output_dir, resume=args.resume, overwrite=args.overwrite, inputs=tuple(filter(None, inputs)))
+    if getattr(args, "output", None) is None:
+        given = {"resume": args.resume, "overwrite": args.overwrite, "inputs": tuple(filter(None, inputs))}
+        output_dir = checks.output_directory(args.output_dir, **given)
+    else:
+        output_dir = checks.output_directory(args.output.parent, resume=True)
     with checks.memory_advice(stage, getattr(recipe, stage)):
         if args.mlflow is None:
             yield output_dir
@@ -282,19 +327,6 @@ def _work(args: argparse.Namespace, recipe: Recipe, inputs: tuple[str | Path | N
         ):
             yield output_dir
         tracking.finish(parent)
-
-
-def _read_prompts(path: Path) -> list[str]:
-    require(path.is_file(), f"there is no prompt file '{path}'")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if path.suffix == ".jsonl":
-        try:
-            rows = [json.loads(line) for line in lines]
-            lines = [row if isinstance(row, str) else row["prompt"] for row in rows]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: each line must be a JSON text or an object with the key 'prompt' ({error})") from None
-    require(bool(lines), f"'{path}' holds no prompts: write one a line")
-    return lines
 
 
 def _tell(result: dict[str, Any]) -> None:

@@ -342,6 +342,17 @@ class SampleConfig:
             f"guidance={self.guidance} cannot go with cache={self.cache}: what is seen without the prompt is not cached. Set cache=exact",
         )
 
+    def parameters(self) -> dict[str, Any]:
+        """What a single call may set otherwise, with 0 for None: a served model's parameters have no null."""
+        unread = {"enabled", "prompts", "batch_size", "cuda_graph"}  # about the stage, and the machine
+        return {name: 0 if value is None else value for name, value in vars(self).items() if name not in unread}
+
+    def with_parameters(self, given: dict[str, Any]) -> SampleConfig:
+        """This configuration with the parameters of a call; raises `UserError` where they are unknown or out of range."""
+        unset = {f.name for f in dataclasses.fields(self) if f.default is None}
+        changes = {name: None if name in unset and not value else value for name, value in given.items()}
+        return build(SampleConfig, {**to_dict(self), **changes}, "sample")
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:

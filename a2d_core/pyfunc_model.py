@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,8 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 class DiffusionLanguageModel(PythonModel):
     """Answers prompts: a column `prompt`, one row a prompt, gives a list of texts.
 
-    The parameters of a call (max_new_tokens, threshold, temperature, block_size, steps) replace those
-    of the recipe that the model was sampled with; `steps` is the number of network evaluations per
-    block. 0 stands for "not set" in threshold, block_size and steps. A value out of range is an
-    `MlflowException` (over HTTP: 400), as one of a wrong type is.
+    The parameters of a call replace the fields of `SampleConfig` that have their names; 0 stands for "not set" where a field may be
+    None (threshold, steps_per_block, ...). A value out of range is an `MlflowException` (over HTTP: 400), as one of a wrong type is.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -37,26 +35,37 @@ class DiffusionLanguageModel(PythonModel):
         return self._answers(texts, params or {})
 
     def predict_stream(self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None) -> Iterator[str]:
-        """The answer to the one prompt of `{"prompt": TEXT}`, in pieces that make it up."""
-        yield from self._answers([model_input["prompt"]], params or {})
+        """The answer to the one prompt of `{"prompt": TEXT}`: each block when it is filled, and the pieces make up the answer."""
+        from a2d_core import watch
 
-    def _answers(self, prompts: list[Any], params: dict[str, Any]) -> list[str]:
+        with _told():
+            (prompt,), config = self._asked([model_input["prompt"]], params or {})
+            yield from watch.blocks(self.model, prompt, config)
+
+    def _answers(self, texts: list[Any], params: dict[str, Any]) -> list[str]:
         from a2d_core import sampling
-        from a2d_core.config import UserError
 
-        wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        with _told():
+            prompts, config = self._asked(texts, params)
+            return [answer.text for answer in sampling.generate(self.model, prompts, config)]
+
+    def _asked(self, texts: list[Any], params: dict[str, Any]) -> tuple[list[list[int]], Any]:
+        wrong = [text for text in texts if not isinstance(text, str)]
         if wrong:
             raise MlflowException.invalid_parameter_value(f"a prompt must be text, not {wrong[0]!r}")
-        changes: dict[str, Any] = {name: params[name] for name in ("max_new_tokens", "temperature") if name in params}
-        unset = {"threshold": "threshold", "block_size": "block_size", "steps": "steps_per_block"}
-        changes |= {field: params[name] or None for name, field in unset.items() if name in params}
-        try:
-            config = replace(self.config, **changes)
-            tokens = [self.model.encode(text, chat=config.chat) for text in prompts]
-            generated = sampling.generate(self.model, tokens, config)
-        except UserError as error:
-            raise MlflowException.invalid_parameter_value(str(error)) from error
-        return [self.model.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in generated]
+        config = self.config.with_parameters(params)
+        return [self.model.encode(text, chat=config.chat) for text in texts], config
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell a mistake in a call as MLflow does: over HTTP it is a 400."""
+    from a2d_core.config import UserError
+
+    try:
+        yield
+    except UserError as error:
+        raise MlflowException.invalid_parameter_value(str(error)) from error
 
 
 set_model(DiffusionLanguageModel())

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import typing
 import warnings
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -270,16 +271,10 @@ def _log(model_dir: str | Path, sample: SampleConfig, record: dict[str, Any]) ->
     """Log the checkpoint, the code that runs it and its record as a model of the active run."""
     import mlflow
     from mlflow.models.signature import ModelSignature
-    from mlflow.types.schema import AnyType, ColSpec, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType, ColSpec, ParamSchema, Schema
 
     package = Path(a2d_core.__file__).parent
-    params = [
-        ParamSpec("max_new_tokens", "integer", sample.max_new_tokens),
-        ParamSpec("threshold", "double", sample.threshold or 0.0),
-        ParamSpec("temperature", "double", sample.temperature),
-        ParamSpec("block_size", "integer", sample.block_size or 0),
-        ParamSpec("steps", "integer", sample.steps_per_block or 0),
-    ]
+    params = [_parameter(name, value) for name, value in sample.parameters().items()]
     prompt = ColSpec(AnyType(), "prompt")  # of a "string" the server makes text of whatever comes; the model itself wants text
     with tempfile.TemporaryDirectory(prefix="a2d-register-") as room, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided")  # it would be run, on whatever machine this is
@@ -294,3 +289,13 @@ def _log(model_dir: str | Path, sample: SampleConfig, record: dict[str, Any]) ->
             pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS],
             signature=ModelSignature(Schema([prompt]), Schema([ColSpec("string")]), ParamSchema(params)),
         )
+
+
+def _parameter(name: str, default: Any) -> Any:
+    """A parameter of a call as MLflow describes it: its type is that of the field of `SampleConfig`."""
+    from mlflow.types.schema import ParamSpec
+
+    hint = typing.get_type_hints(SampleConfig)[name]
+    types = {int: "integer", float: "double", str: "string", bool: "boolean"}
+    kind = next((types[t] for t in (hint, *typing.get_args(hint)) if t in types), "string")  # a Literal is one of its texts
+    return ParamSpec(name, kind, list(default) if isinstance(default, tuple) else default, (-1,) if isinstance(default, tuple) else None)

@@ -77,15 +77,15 @@ def show_samples(card: Any, recipe: Recipe, samples: list[Row]) -> None:
     rows = [
         [
             s["prompt"],
-            s["completion"],
-            str(s["new_tokens"]),
+            s["answer"],
+            str(s["tokens"]),
             number(s["nfe"]),
-            f"{s['new_tokens'] / max(s['nfe'], 1):.2f}",
-            f"{s['tokens_per_second']:,.0f}",
+            f"{s['tokens'] / max(s['nfe'], 1):.2f}",
+            f"{s['seconds']:.2f}",
         ]
         for s in samples
     ]
-    card.append(Table(rows, headers=["prompt", "completion", "tokens", "network evaluations", "tokens per evaluation", "tokens/s"]))
+    card.append(Table(rows, headers=["prompt", "answer", "tokens", "network evaluations", "tokens per evaluation", "seconds"]))
 
 
 def show_evaluation(card: Any, recipe: Recipe, results: dict[str, Any] | None) -> None:

@@ -12,8 +12,8 @@ LAYERS = [
     ["config", "noise", "loss"],
     ["attention", "objectives", "store", "strategies", "launch", "presets", "checkpoints", "follow", "published", "gate", "review"],
     ["reading", "lora", "models", "conversion", "embedded", "data", "tracking", "tasks"],
-    ["likelihood", "cache", "policies", "sampling", "infill", "scoring"],
-    ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat"],
+    ["likelihood", "cache", "policies", "sampling", "infill", "watch", "replay", "scoring"],
+    ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat", "terminal"],
     ["stages"],
     ["plan", "commands"],
     ["__main__"],
@@ -38,7 +38,9 @@ NUMERIC_CORE = [
     "guard",
     "trainer",
     "launch",
+    "watch",
     "chat",
+    "terminal",
 ]
 QUICK = [
     "config",

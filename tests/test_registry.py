@@ -1,5 +1,6 @@
 """The registry: a version leads back to its run, is made once, answers like the checkpoint, and is reviewed before it is promoted."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,9 +18,10 @@ from pathlib import Path
 import families
 import mlflow
 import pytest
+import torch
 
 from a2d_core import __main__ as cli
-from a2d_core import gate, presets, registry, review, sampling, tracking
+from a2d_core import gate, models, presets, registry, review, sampling, tracking
 from a2d_core.config import ConvertConfig, SampleConfig, UserError
 from a2d_core.stages import convert, register
 
@@ -123,13 +125,9 @@ def test_a_version_leads_back_to_its_run_and_waits_for_review(registered, client
 
 def test_the_model_carries_its_metrics_and_the_parameters_of_a_call(registered, client):
     info = mlflow.models.get_model_info(registered["uri"])
-    assert {p.name: p.default for p in info.signature.params} == {
-        "max_new_tokens": 12,
-        "threshold": 0.9,
-        "temperature": 0.0,
-        "block_size": 0,
-        "steps": 0,
-    }
+    found = {parameter.name: parameter.default for parameter in info.signature.params}
+    assert found == {**SAMPLE.parameters(), "stop": [], "suppressed_tokens": []}
+    assert (found["max_new_tokens"], found["threshold"], found["steps_per_block"]) == (12, 0.9, 0)
     bars = {"stderr": 0.01, "chance": 0.1, "baseline": 0.0}
     metrics = {metric.key: metric.value for metric in mlflow.get_logged_model(info.model_id).metrics}
     assert metrics == {"words/exact_match": 0.9} | {f"words/exact_match_{part}": v for part, v in bars.items()}
@@ -204,7 +202,7 @@ def test_the_champion_is_served_over_http_with_parameters(served, expected, answ
     ("body", "message"),
     [
         ({"inputs": {"prompt": ["a"]}, "params": {"max_new_tokens": "many"}}, "max_new_tokens"),
-        ({"inputs": {"prompt": ["a"]}, "params": {"steps": 2.5}}, "steps"),
+        ({"inputs": {"prompt": ["a"]}, "params": {"steps_per_block": 2.5}}, "steps_per_block"),
         ({"inputs": {"prompt": ["a"]}, "params": {"threshold": 7.0}}, "threshold must lie in (0, 1], not 7.0"),
         ({"inputs": {"prompt": ["a"]}, "params": {"max_new_tokens": 4000}}, "the model's context is"),
         ({"inputs": {"prompt": [5]}}, "a prompt must be text, not 5"),
@@ -221,6 +219,44 @@ def test_what_is_of_a_wrong_type_or_out_of_range_is_400(served, body, message):
 
 def test_a_stream_refuses_what_is_no_text(answered):
     assert "a prompt must be text, not 5" in answered["refused"]
+
+
+def test_the_parameters_of_a_call_are_the_fields_of_the_configuration():
+    given = {"threshold": 0.0, "steps_per_block": 4, "stop": ["\n"], "top_k": 0, "temperature": 0.5}
+    assert SAMPLE.with_parameters({}) == SAMPLE.with_parameters(SAMPLE.parameters()) == SAMPLE
+    changed = dataclasses.replace(SAMPLE, threshold=None, steps_per_block=4, stop=("\n",), temperature=0.5)
+    assert SAMPLE.with_parameters(given) == changed
+    with pytest.raises(UserError, match="top_p must lie in"):
+        SAMPLE.with_parameters({"top_p": 0.0})
+
+
+@pytest.mark.parametrize("params", [{}, {"max_new_tokens": 9, "temperature": 1.0, "stop": ["e"]}])
+def test_streamed_pieces_make_up_the_answer(registered, model, params):
+    served = mlflow.pyfunc.load_model(registered["uri"])
+    for prompt in PROMPTS:
+        torch.manual_seed(0)
+        (expected,) = served.predict([{"prompt": prompt}], params=params)
+        torch.manual_seed(0)
+        pieces = list(served.predict_stream({"prompt": prompt}, params=params))
+        assert "".join(pieces) == expected
+        assert all(pieces)
+
+
+def test_a_registered_version_is_a_checkpoint_directory(registered, model):
+    for uri in (registered["uri"], f"models:/{NAME}@candidate"):
+        loaded = models.load(tracking.checkpoint_of(uri))
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_a_version_that_is_not_there_is_named(registered, tmp_path, monkeypatch):
+    for uri in (f"models:/{NAME}/99", f"models:/{NAME}@nobody", "models:/nothing/1"):
+        with pytest.raises(UserError, match=f"{uri} is no checkpoint that was registered here, at sqlite"):
+            tracking.checkpoint_of(uri)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UserError, match=r"there is no MLflow database .* with MLFLOW_TRACKING_URI"):
+        tracking.checkpoint_of(registered["uri"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_step_that_is_run_again_registers_nothing_new(registered, put, model, client):
