@@ -6,10 +6,10 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from families import byte_model
@@ -234,3 +234,15 @@ def test_the_script_of_the_page_parses(tmp_path: Path) -> None:
     (tmp_path / "page.js").write_text(re.findall(r"<script>(.*)</script>", replay.TEMPLATE.read_text(), re.DOTALL)[0])
     done = subprocess.run(["node", "--check", str(tmp_path / "page.js")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# --- the documentation -----------------------------------------------------------------------------
+
+
+def test_every_option_and_policy_and_field_is_documented() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "SAMPLING.md").read_text(encoding="utf-8")
+    told = {name for row in re.findall(r"^\| (.*?) \|", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    policies = get_args(get_type_hints(SampleConfig)["policy"])
+    assert told >= {field.name for field in fields(SampleConfig) if field.name != "enabled"} | set(policies) | set(prompts.ADDED)
+    for image in re.findall(r"\]\((images/.*?)\)", page):
+        assert (Path(__file__).resolve().parents[1] / "docs" / image).stat().st_size < 150_000
