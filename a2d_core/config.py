@@ -343,9 +343,10 @@ class SampleConfig:
         )
 
     def parameters(self) -> dict[str, Any]:
-        """What a single call may set otherwise, with 0 for None: a served model's parameters have no null."""
+        """What a single call may set otherwise, with 0 or "" for None: a served model's parameters have no null."""
         unread = {"enabled", "prompts", "batch_size", "cuda_graph"}  # about the stage, and the machine
-        return {name: 0 if value is None else value for name, value in vars(self).items() if name not in unread}
+        null = {"block_origin": ""}
+        return {name: null.get(name, 0) if value is None else value for name, value in vars(self).items() if name not in unread}
 
     def with_parameters(self, given: dict[str, Any]) -> SampleConfig:
         """This configuration with the parameters of a call; raises `UserError` where they are unknown or out of range."""

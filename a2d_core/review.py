@@ -34,7 +34,7 @@ def build(candidate: Version, champion: Version | None) -> dict[str, Any]:
     verdict = gate.judge(candidate.results, theirs)
     rows = gate.compare(candidate.results, theirs)
     lineages = [lineage(version) for version in (candidate, champion) if version]
-    answers = [{s["prompt"]: s["completion"] for s in v.record.get("samples") or []} for v in (candidate, champion) if v]
+    answers = [{s["prompt"]: s["answer"] for s in v.record.get("samples") or []} for v in (candidate, champion) if v]
     return {
         "name": candidate.name,
         "candidate": {"version": candidate.number, "tags": candidate.tags},

@@ -167,7 +167,7 @@ def test_settings_are_changed_told_and_refused(model: DiffusionModel) -> None:
         "threshold=2": "must lie in",
         "batch_size=2": "a chat has one prompt at a time",
         "colour": "no setting 'colour'",
-        "block_origin=prompt_end" if model.spec.objective == "mdlm" else "guidance=1": "Leave it at",
+        "block_origin=prompt_end" if model.spec.objective == "mdlm" else "guidance=1": "Leave it ",
     }
     for text, message in wrong.items():
         with pytest.raises(UserError, match=message):

@@ -61,7 +61,7 @@ def put(parent, tmp_path_factory):
         folder = tmp_path_factory.mktemp("checkpoint")
         model.save(folder)
         tags = {"mlflow.parent_run": parent, "metaflow.run": "A2DFlow/1", "gate": "passed"}
-        samples = [{"prompt": "Upper: sea", "completion": "SEA"}]
+        samples = [{"prompt": "Upper: sea", "answer": "SEA"}]
         facts = {"sft": {"weights_sha256": written or registry.digest(folder), "data_digest": "d" * 64, "train_rows": 3}}
         with tracking.stage_run(parent, "register"):
             return register.run(folder, RECIPE, tags=tags, results=evaluation(task(0.9)), samples=samples, facts=facts)
@@ -366,7 +366,7 @@ def versions(client, tmp_path, parent):
     def add(value=0.9, word="passed", steps=4):
         folder = tmp_path / f"{next(NUMBERS)}"
         (folder / "artifacts").mkdir(parents=True)
-        samples = [{"prompt": "Upper: sea", "completion": f"SEA {value}"}]
+        samples = [{"prompt": "Upper: sea", "answer": f"SEA {value}"}]
         record = {"results": evaluation(task(value)), "samples": samples, "recipe": {"seed": 0, "sft": {"max_steps": steps}}}
         (folder / "artifacts" / "review.json").write_text(json.dumps(record))
         tags = {"review": "pending", "gate": word, "gate.why": "it fell", "code": "source 0", "base_model": "base"}
