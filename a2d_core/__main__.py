@@ -95,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--tasks", metavar="A,B", help="task or group names of lm-eval (default: the preset's)")
     evaluate.add_argument("--dataset", help="held-out text: Hub id, file, directory, 'embedded:corpus', or 'none' (default: the preset's)")
     evaluate.add_argument("--baseline", metavar="DIR", help="score this checkpoint too, for comparison: the converted one, say")
+    evaluate.add_argument("--processes", type=int, metavar="N", help="processes on this machine, one per GPU (default: the preset's)")
     evaluate.add_argument("--source", metavar="DIR", help="the autoregressive model, for its own loss on the same text")
 
     merge = group.add_parser(
@@ -104,6 +105,12 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--base", metavar="DIR", help="where the model that they were trained on is now, if it was moved")
     _output(merge)
     merge.set_defaults(run=commands.merge)
+
+    lm_eval = group.add_parser(  # whatever follows is lm-eval's own
+        "lm-eval", help="the command lm_eval, with the models a2d_mdlm and a2d_bd3lm", prefix_chars="\0", add_help=False
+    )
+    lm_eval.add_argument("arguments", nargs="*")
+    lm_eval.set_defaults(run=commands.lm_eval)
 
     plan = group.add_parser(
         "plan", help="print a resolved recipe as JSON, and run nothing", description="Print a resolved recipe, and run nothing."
@@ -184,6 +191,7 @@ def _type_name(annotation: str) -> str:
         "bool": "true or false",
         "None": "none",
         "tuple[str, ...]": "list of texts",
+        "dict[str, str]": "table of texts",
     }
     return " or ".join(words[part] for part in annotation.split(" | "))
 

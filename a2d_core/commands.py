@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -116,7 +117,14 @@ def evaluate(args: argparse.Namespace) -> None:
         from a2d_core.stages import evaluate as stage
 
         result = stage.run(
-            recipe.evaluate, recipe.sample, args.model, output_dir, seed=recipe.seed, baseline_dir=args.baseline, source_dir=args.source
+            recipe.evaluate,
+            recipe.sample,
+            args.model,
+            output_dir,
+            seed=recipe.seed,
+            processes=recipe.compute.generate.processes if args.processes is None else args.processes,
+            baseline_dir=args.baseline,
+            source_dir=args.source,
         )
         if args.mlflow is not None:
             tracking.log_evaluation(result, output_dir)
@@ -138,6 +146,16 @@ def merge(args: argparse.Namespace) -> None:
     output_dir = checks.output_directory(args.output_dir, overwrite=args.overwrite, inputs=inputs)
     model.save(output_dir)
     print(f"the checkpoint is {output_dir}: try it with  python -m a2d_core chat --model {output_dir}")
+
+
+def lm_eval(args: argparse.Namespace) -> None:
+    """Run lm-eval's own command."""
+    from lm_eval.__main__ import cli_evaluate
+
+    from a2d_core import harness  # noqa: F401  it registers the models
+
+    sys.argv = ["lm-eval", *args.arguments]
+    cli_evaluate()
 
 
 def plan(args: argparse.Namespace) -> None:

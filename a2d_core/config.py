@@ -317,14 +317,24 @@ class EvaluateConfig:
     """lm-evaluation-harness task or group names; `a2d_words` is the embedded set."""
     task_dirs: tuple[str, ...] = ()
     """Directories with further lm-eval task files."""
+    datasets: dict[str, str] = field(default_factory=dict)
+    """Task or group -> a directory with its data, SPLIT.jsonl (.json, .parquet, .csv), in place of the Hub's."""
     limit: int | None = None
     """Score only so many documents of each task."""
     num_fewshot: int | None = None
     """Examples before each question; None keeps the task's own number."""
     apply_chat_template: bool = True
     """Put each question through the tokenizer's chat template."""
+    likelihood: Literal["nelbo", "exact"] = "nelbo"
+    """How answers are scored: minus the NELBO, by Monte Carlo, or exactly for the reveal order `order` (arXiv 2603.01367)."""
+    order: Literal["confidence", "entropy", "margin", "left_to_right"] = "confidence"
+    """What the exact likelihood reveals next: the highest probability, the lowest entropy, the widest margin, or the first token."""
+    max_nelbo_samples: int = 64
+    """Noise draws at most for answers that the standard error does not tell apart after `nelbo_samples`."""
+    batch_tokens: int = 4096
+    """Positions in one forward pass of likelihoods."""
     batch_size: int = 128
-    """Requests scored at once."""
+    """Prompts, or rows of text, at once."""
     baseline: bool = True
     """Score the converted but untrained model too, for comparison."""
     text_dataset: str | None = "embedded:corpus"
@@ -347,7 +357,7 @@ class EvaluateConfig:
     """Run the code that a model writes (HumanEval, MBPP)."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "text_rows", "nelbo_samples"):
+        for name in ("batch_size", "batch_tokens", "text_rows", "nelbo_samples", "max_nelbo_samples"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         require(self.text_length >= 2, f"text_length must be at least 2, not {self.text_length}")
         require(0 < self.text_fraction < 1, f"text_fraction must lie in (0, 1), not {self.text_fraction}")

@@ -1,48 +1,66 @@
 """lm-evaluation-harness runs a diffusion checkpoint through these classes, registered as `a2d_mdlm` and `a2d_bd3lm`.
 
-Text comes from `sampling.generate`. A log-likelihood is minus the NELBO of the continuation given its context and its
-length: a lower bound of the diffusion model's own, estimated with noise that a request's tokens and the seed determine.
-Importing this module registers both names; `python -m a2d_core evaluate` is the usual way in.
+Text comes from `sampling.generate`. A log-likelihood is that of the continuation given its context and its length:
+minus the NELBO, a lower bound estimated with noise that a question's tokens and the seed determine, or the exact one of a
+fixed reveal order (`scoring`). Processes of one group share the requests out, and each has all answers.
+Importing this module registers both names; `python -m a2d_core evaluate` is the usual way in, `python -m a2d_core lm-eval`
+is lm-eval's own command, and `--tasks .../a2d_core/tasks/plugin.yaml,...` makes the plain `lm_eval` import it.
 """
-
-# Shapes: B requests
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import math
+import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from torch import Tensor
+from lm_eval.api.task import Task
 from tqdm.auto import tqdm
 
-from a2d_core import likelihood, models, sampling
+from a2d_core import launch, models, sampling, tasks
 from a2d_core.config import SampleConfig, UserError, build, require, to_dict
-from a2d_core.data import DiffusionCollator
 from a2d_core.models import DiffusionModel
+from a2d_core.scoring import Answer, Score, Scorer
 
 GENERATION_ARGUMENTS = ("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_p")
-"""What a task may ask of a generation; `max_new_tokens` is another name for `max_gen_toks`."""
+"""What a task may ask of a generation; `max_new_tokens` is another name for `max_gen_toks`, and `num_beams` may be 1."""
 NOT_OF_A_TASK = {"enabled", "prompts", "chat"}
 """Fields of `SampleConfig` that a task decides itself."""
 
+REQUESTS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
+"""Kinds of requests."""
+
 Pair = tuple[list[int], list[int]]
 """Token ids of a context and of its continuation."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A continuation that is to be scored."""
+
+    pair: Pair
+    text: str
+    question: Hashable
+    """What the answers to one question have in common."""
+    wants_greedy: bool
+    """Whether anybody reads that the greedy sampler reproduces it."""
 
 
 class DiffusionLM(TemplateLM):
     """A diffusion checkpoint as a model of lm-eval: `pretrained` is a directory, a Hub id, or a model that is loaded already.
 
     The sampler is `sample`, with the fields of `SampleConfig` that are given as further arguments laid over it
-    (`threshold=0.9,batch_size=64`); a task's own `generation_kwargs` win over both. `batch_size` requests are generated or
-    scored at once, and a log-likelihood takes `nelbo_samples` noise draws. Raises `UserError` for an unknown field, or a
+    (`threshold=0.9,batch_size=64`); a task's own `generation_kwargs` win over both. `likelihood`, `order`, `nelbo_samples`,
+    `max_nelbo_samples`, `batch_tokens` and `seed` are the fields of `Scorer`. Raises `UserError` for an unknown field, or a
     checkpoint of another objective than the class is for.
     """
 
@@ -54,7 +72,12 @@ class DiffusionLM(TemplateLM):
         pretrained: str | Path | DiffusionModel,
         *,
         sample: SampleConfig | None = None,
+        likelihood: str = "nelbo",
+        order: str = "confidence",
         nelbo_samples: int = 8,
+        max_nelbo_samples: int = 64,
+        batch_tokens: int = 4096,
+        batch_size: int | str = "auto",
         seed: int = 0,
         device: str | None = None,
         trust_remote_code: bool = False,
@@ -63,9 +86,12 @@ class DiffusionLM(TemplateLM):
         super().__init__()
         misplaced = sorted(NOT_OF_A_TASK & set(settings))
         require(not misplaced, f"'{', '.join(misplaced)}' is no setting of an evaluation: the tasks bring their own prompts")
-        require(nelbo_samples >= 1, f"nelbo_samples must be at least 1, not {nelbo_samples}")
+        if batch_size != "auto":  # lm-eval's command line passes a text
+            settings["batch_size"] = int(batch_size) if str(batch_size).isdecimal() else batch_size
         self.sample = build(SampleConfig, {**to_dict(sample or SampleConfig()), **settings})
-        self.nelbo_samples, self.seed = nelbo_samples, seed
+        several = PartialState().num_processes > 1  # it joins the group, and chooses this process's device
+        if several or (str(device).startswith("cuda") and not torch.cuda.is_available()):
+            device = None  # lm-eval's command asks for cuda:0 unless it is told otherwise
         if isinstance(pretrained, DiffusionModel):
             self.model = pretrained.to(device) if device else pretrained
         else:
@@ -75,9 +101,25 @@ class DiffusionLM(TemplateLM):
             self.objective in (None, found),
             f"'{self.model.network.name_or_path}' is a {found} checkpoint: evaluate it as a2d_{found}, not as a2d_{self.objective}",
         )
+        self.seed = seed
+        self.scorer = Scorer(self.model, likelihood, order, nelbo_samples, max_nelbo_samples, batch_tokens, seed)
         self.tokenizer = self.model.tokenizer
         self._special = {str(token): index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self._collate = DiffusionCollator(self.model.objective, self.model.eos_token_id)
+        self.scores: dict[tuple[str | None, int | None, int], Score] = {}
+        """The likelihoods with their standard errors, by the task, the document, and the place of the request in that."""
+        self._planned: list[Task] | None = None
+        self._reads_greedy: set[str | None] | None = None
+
+    def plan(self, planned: Iterable[Task]) -> None:
+        """Say which tasks will be run: all their requests are then checked before the first is answered, and whether the greedy
+        sampler reproduces a continuation is found out only for those whose metrics read it (it is False for the others).
+
+        Raises `UserError` for a generation argument that is not known.
+        """
+        self._planned = list(planned)
+        self._reads_greedy = {task.config.task for task in self._planned if tasks.reads_is_greedy(task)}
+        for task in self._planned:
+            self.sampler_for(task.config.generation_kwargs or {})
 
     # --- what lm-eval asks of a model -------------------------------------------------------------
 
@@ -109,7 +151,12 @@ class DiffusionLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval's results say about the model."""
         sampler = {name: value for name, value in to_dict(self.sample).items() if name not in NOT_OF_A_TASK}
-        return {"a2d": dataclasses.asdict(self.model.spec), "sampler": sampler, "nelbo_samples": self.nelbo_samples, "seed": self.seed}
+        scorer = {field.name: getattr(self.scorer, field.name) for field in dataclasses.fields(self.scorer) if field.name != "model"}
+        return {
+            "a2d": dataclasses.asdict(self.model.spec),
+            "sampler": sampler,
+            "likelihood": {**scorer, **_summary(list(self.scores.values()))},
+        }
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text; without a generation prompt its last message is left open, to be continued."""
@@ -127,6 +174,38 @@ class DiffusionLM(TemplateLM):
             add_special_tokens = not (self.tokenizer.bos_token and string.startswith(self.tokenizer.bos_token))
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
+    def check(self, requests: Iterable[Instance]) -> None:
+        """Raise `UserError` where a request cannot be answered; nothing is computed."""
+        for request in requests:
+            name = f"task '{request.task_name}': " if request.task_name else ""
+            kind, arguments = str(request.request_type), request.args
+            require(kind in REQUESTS, f"{name}requests of type '{kind}' are not supported, only {', '.join(REQUESTS)}: leave the task out")
+            try:
+                if kind == "generate_until":
+                    self._require_room(len(self._prompt(arguments[0])), self.sampler_for(arguments[1]).max_new_tokens)
+                elif kind == "loglikelihood":
+                    self._require_room(*map(len, self._pair(*arguments)))
+            except UserError as error:
+                raise UserError(f"{name}{error}") from None
+
+    def _check_first(self, requests: list[Instance]) -> None:
+        """Before the first answer: the requests of all tasks, which lm-eval has made by now."""
+        if self._planned is None:
+            self.check(requests)
+        else:
+            self.check(request for task in self._planned for request in task.instances)
+            self._planned = []  # once is enough
+
+    def _prompt(self, context: str) -> list[int]:
+        return self.tok_encode(context) or [self.prefix_token_id]
+
+    def _pair(self, context: str, continuation: str) -> Pair:
+        """Token ids of a context, which has at least one, and of what follows it."""
+        if context:
+            return self._encode_pair(context, continuation)
+        tokens = self.tok_encode(continuation, add_special_tokens=False)
+        return (tokens[:1], tokens[1:]) if tokens[:1] == [self.prefix_token_id] else ([self.prefix_token_id], tokens)
+
     def _encode_pair(self, context: str, continuation: str) -> Pair:
         """Split where the context ends; only where a token spans that place, the context's last spaces go to the continuation."""
         before, whole = self.tok_encode(context), self.tok_encode(context + continuation)
@@ -138,7 +217,8 @@ class DiffusionLM(TemplateLM):
 
     def sampler_for(self, arguments: Mapping[str, Any]) -> SampleConfig:
         """The sampler that a task's `generation_kwargs` ask for; raises `UserError` for one that is not known."""
-        unknown = sorted(set(arguments) - set(GENERATION_ARGUMENTS))
+        one_beam = {"num_beams"} if arguments.get("num_beams") == 1 else set()
+        unknown = sorted(set(arguments) - set(GENERATION_ARGUMENTS) - one_beam)
         require(
             not unknown,
             f"unknown generation argument '{', '.join(unknown)}' of a task: a diffusion sampler knows {', '.join(GENERATION_ARGUMENTS)}",
@@ -155,22 +235,24 @@ class DiffusionLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """An answer for each (context, generation_kwargs), cut before the first of its stop strings."""
+        self._check_first(requests)
+        return launch.divide(requests, lambda part: self._generate(part, disable_tqdm))
+
+    def _generate(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
         samplers = [self.sampler_for(request.args[1]) for request in requests]
-        prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
-        for prompt, sampler in zip(prompts, samplers, strict=True):
-            self._require_room(len(prompt), sampler.max_new_tokens)
+        prompts = [self._prompt(request.args[0]) for request in requests]
         groups: dict[SampleConfig, list[int]] = defaultdict(list)
         for row in sorted(range(len(requests)), key=lambda row: len(prompts[row])):
             groups[samplers[row]].append(row)
         texts = [""] * len(requests)
-        with tqdm(total=len(requests), desc="generating", unit="prompt", disable=disable_tqdm or None) as bar:
+        with tqdm(total=len(requests), desc="generating", unit="prompt", disable=self._hides(disable_tqdm)) as bar:
             for sampler, rows in sorted(groups.items(), key=lambda group: group[0].max_new_tokens):
                 generator = torch.Generator(self.device).manual_seed(self.seed)
                 for batch in _batches(rows, sampler.batch_size):
                     generations = sampling.generate(self.model, [prompts[row] for row in batch], sampler, generator=generator)
                     for row, generation in zip(batch, generations, strict=True):
                         texts[row] = self._cut(generation.tokens, requests[row].args[1].get("until") or [])
-                        self.cache_hook.add_partial("generate_until", requests[row].args, texts[row])
+                        self._remember("generate_until", requests[row].args, texts[row])
                     bar.update(len(batch))
         return texts
 
@@ -186,55 +268,86 @@ class DiffusionLM(TemplateLM):
 
     # --- likelihood -------------------------------------------------------------------------------
 
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **options: Any
-    ) -> list[tuple[float, bool]]:
-        """Minus the NELBO of each continuation, and whether the greedy sampler reproduces it.
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation, and whether the greedy sampler reproduces it.
 
-        Continuations of one context share their noise, so that the choices of a question are compared with common random numbers.
+        The requests of one document are the answers to one question: they share their noise, and are drawn until it is decided.
         """
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        scores = self._score(pairs, [context for context, _ in pairs], **options)
-        answers = list(zip(scores, self._reproduced(pairs), strict=True))
-        for (strings, _, _), answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", strings, answer)
+        self._check_first(requests)
+        asked = []
+        for request in requests:
+            question = request.args[0] if request.doc_id is None else (request.task_name, request.doc_id)
+            wants_greedy = self._reads_greedy is None or request.task_name in self._reads_greedy
+            asked.append(_Asked(self._pair(*request.args), request.args[1], question, wants_greedy))
+        answers = []
+        for request, (score, same) in zip(requests, self._answer(asked, disable_tqdm), strict=True):
+            answers.append((self._record(request, score), same))
+            self._remember("loglikelihood", request.args, answers[-1])
         return answers
 
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """The same for tokens; continuations of one context are the answers to one question."""
+        asked = [_Asked((context, continuation), strings[1], tuple(context), True) for strings, context, continuation in requests]
+        return [(score.nats, same) for score, same in self._answer(asked, disable_tqdm)]
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Minus the NELBO of each text; one that is longer than the context is cut, each part given the last token before it."""
-        pairs: list[Pair] = []
+        """The log-likelihood of each text; one that is longer than the context is cut, each part given the last token before it."""
+        self._check_first(requests)
+        scores = launch.divide(requests, lambda part: self._score_texts([request.args[0] for request in part], disable_tqdm))
+        return [self._record(request, score) for request, score in zip(requests, scores, strict=True)]
+
+    def _answer(self, asked: list[_Asked], disable_tqdm: bool) -> list[tuple[Score, bool]]:
+        questions: dict[Hashable, list[int]] = defaultdict(list)
+        for row, one in enumerate(asked):
+            questions[one.question].append(row)
+        parts = [[asked[row] for row in rows] for rows in questions.values()]
+        found = launch.divide(parts, lambda part: self._answer_questions(part, disable_tqdm))
+        answers: list[Any] = [None] * len(asked)
+        for rows, answered in zip(questions.values(), found, strict=True):
+            for row, answer in zip(rows, answered, strict=True):
+                answers[row] = answer
+        return answers
+
+    def _answer_questions(self, questions: list[list[_Asked]], disable_tqdm: bool) -> list[list[tuple[Score, bool]]]:
+        with tqdm(total=len(questions), desc="scoring", unit="question", disable=self._hides(disable_tqdm)) as bar:
+            scores = self.scorer.score([_answers(question) for question in questions], bar.update)
+        same = iter(self._reproduced([one.pair for question in questions for one in question if one.wants_greedy]))
+        return [
+            [(score, one.wants_greedy and next(same)) for one, score in zip(question, scored, strict=True)]
+            for question, scored in zip(questions, scores, strict=True)
+        ]
+
+    def _score_texts(self, texts: list[str], disable_tqdm: bool) -> list[Score]:
+        windows: list[list[Answer]] = []
         owners: list[int] = []
-        for owner, request in enumerate(requests):
-            ids = [self.prefix_token_id, *self.tok_encode(request.args[0], add_special_tokens=False)]
+        for owner, text in enumerate(texts):
+            ids = [self.prefix_token_id, *self.tok_encode(text, add_special_tokens=False)]
             width = (self.max_length or max(2, len(ids))) - 1
             starts = range(0, len(ids) - 1, width)
-            pairs += [(ids[start : start + 1], ids[start + 1 : start + 1 + width]) for start in starts]
+            windows += [[Answer(tuple(ids[start : start + 1]), tuple(ids[start + 1 : start + 1 + width]))] for start in starts]
             owners += [owner] * len(starts)
-        totals = [0.0] * len(requests)
-        scores = self._score(pairs, [context + continuation for context, continuation in pairs], disable_tqdm)
-        for owner, score in zip(owners, scores, strict=True):
+        with tqdm(total=len(windows), desc="scoring", unit="window", disable=self._hides(disable_tqdm)) as bar:
+            scores = self.scorer.score(windows, bar.update)
+        totals = [Score(0.0, 0.0, 0)] * len(texts)
+        for owner, (score,) in zip(owners, scores, strict=True):
             totals[owner] += score
         return totals
 
-    def _score(self, pairs: list[Pair], noise_keys: list[list[int]], disable_tqdm: bool = False) -> list[float]:
-        """Minus the NELBO in nats of each continuation; pairs with the same noise key share their noise."""
-        for context, continuation in pairs:
-            self._require_room(len(context), len(continuation))
-        scores = [0.0] * len(pairs)
-        longest_first = sorted((row for row in range(len(pairs)) if pairs[row][1]), key=lambda row: -len(pairs[row][0] + pairs[row][1]))
-        with tqdm(total=len(longest_first), desc="scoring", unit="text", disable=disable_tqdm or None) as bar:
-            for batch in _batches(longest_first, self.sample.batch_size):
-                nats_B = self._nelbo([pairs[row] for row in batch], [noise_keys[row] for row in batch])
-                for row, nats in zip(batch, nats_B.tolist(), strict=True):
-                    scores[row] = -nats
-                bar.update(len(batch))
-        return scores
+    def _record(self, request: Instance, score: Score) -> float:
+        """Keep a score for those who read standard errors; what lm-eval gets is -inf in place of a likelihood that is none."""
+        self.scores[request.task_name, request.doc_id, request.idx] = score
+        return score.nats if math.isfinite(score.nats) else -math.inf
 
-    def _nelbo(self, pairs: list[Pair], noise_keys: list[list[int]]) -> Tensor:
-        rows = [{"input_ids": a + b, "turn": [0] * len(a) + [1] * len(b)} for a, b in pairs]
-        streams = self._collate(rows)["streams"].to(self.device)
-        rows_B = torch.tensor([_number(key) for key in noise_keys], device=self.device)
-        return likelihood.nelbo(self.model, streams, samples=self.nelbo_samples, seed=self.seed, rows_B=rows_B).nats_B
+    def _remember(self, kind: str, arguments: tuple[Any, ...], answer: Any) -> None:
+        """Tell lm-eval's cache (`--use_cache`), where it is not one of several, which must not differ."""
+        if PartialState().num_processes == 1:
+            self.cache_hook.add_partial(kind, arguments, answer)
+
+    @staticmethod
+    def _hides(disable_tqdm: bool) -> bool | None:
+        return disable_tqdm or not PartialState().is_main_process or None  # None: hidden where no person looks
 
     def _reproduced(self, pairs: list[Pair]) -> list[bool]:
         """Whether the greedy sampler, asked for as many tokens, writes this continuation after its context."""
@@ -283,7 +396,23 @@ def _batches(rows: list[int], size: int) -> Iterator[list[int]]:
         yield rows[start : start + size]
 
 
-def _number(tokens: list[int]) -> int:
-    """A row number for the noise, the same wherever these tokens are scored."""
-    digest = hashlib.sha256(",".join(map(str, tokens)).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+def _answers(question: list[_Asked]) -> list[Answer]:
+    """The answers to a question; they are compared as lm-eval does: as they are, by character (acc_norm) and by byte."""
+    is_choice = len({one.text for one in question}) == 1 or len({tuple(one.pair[0]) for one in question}) == 1
+    answers = []
+    for one in question:
+        text = one.text.strip()
+        sizes = (1.0, float(len(text) or 1), float(len(text.encode()) or 1)) if is_choice else ()
+        answers.append(Answer(tuple(one.pair[0]), tuple(one.pair[1]), sizes))
+    return answers
+
+
+def _summary(scores: Collection[Score]) -> dict[str, Any]:
+    """What the likelihoods of a run cost, and how certain they are."""
+    errors = [score.stderr for score in scores if math.isfinite(score.stderr)]
+    return {
+        "requests": len(scores),
+        "requests_not_finite": sum(not math.isfinite(score.nats) for score in scores),
+        "mean_stderr": statistics.fmean(errors) if errors else None,
+        "mean_samples": statistics.fmean(score.samples for score in scores) if scores else None,
+    }

@@ -30,14 +30,17 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from a2d_core import strategies
 from a2d_core.config import StoppedError, UserError, require
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 POLL_SECONDS = 0.5  # how often a child looks whether its parent is still there
 STOP_SECONDS = 45  # an agent that was told to stop gives its workers 30 seconds
@@ -112,6 +115,20 @@ def run(target: str, kwargs: dict[str, Any], *, processes: int, strategy: str = 
         _raise_told([_read(path) for path in folder.glob("error-*.json")])  # what a worker had the time to say
     os.kill(os.getpid(), signal.SIGTERM)  # the workers are gone; now this process answers the signal in its own way
     raise WorkerError(f"training was stopped by SIGTERM on {processes} processes", rank=0, kind="SIGTERM")
+
+
+def divide(items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R]:
+    """`work(items)`, a result for each, shared out among the processes of the group: all of them get all of it."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    rank, processes = PartialState().process_index, PartialState().num_processes
+    if processes == 1:
+        return work(list(items))
+    results: list[Any] = [None] * len(items)
+    for first, part in enumerate(gather_object([work(list(items[rank::processes]))])):
+        results[first::processes] = part
+    return results
 
 
 def calm_threads() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from a2d_core.config import require
 from a2d_core.models import DiffusionModel
-from a2d_core.noise import draw_fixed_count_mask
+from a2d_core.noise import draw_fixed_count_mask, every_mask
 from a2d_core.objectives import Layout, Streams
 
 VIEWS_PER_PASS = 4
@@ -30,9 +30,11 @@ class Estimate:
     nats_BT: Tensor
     """The part of it that falls on each noised slot of the streams."""
     stderr_B: Tensor
-    """Standard error over the samples; they are stratified, so it errs on the large side. NaN for one sample."""
+    """Standard error over the samples; they are stratified, so it errs on the large side. 0 where there is no noise, else NaN for one."""
     tokens_B: Tensor
     """Scored tokens."""
+    nats_KB: Tensor
+    """The estimate of each sample; all alike where there is no noise."""
 
 
 @torch.no_grad()
@@ -46,21 +48,28 @@ def nelbo(
 ) -> Estimate:
     """Monte Carlo estimate of the NELBO over the full range of t, of the maskable tokens given all others.
 
-    Each sample masks n of a block's M scored tokens, n uniform on 1..M, and weights by M / n. The noise of a
-    row depends on `seed` and its number in `rows_B` (default: its place) alone: not on batch size or order.
+    Each sample masks n of a block's M scored tokens, n uniform on 1..M, and weights by M / n. A block with at most
+    `samples` masks in all is summed over all of them, and has no noise. The noise of a row depends on `seed` and its
+    number in `rows_B` (default: its place) alone: not on batch size or order. Rows of `streams` that share a clean
+    stream are scored in one row of the network. `forward` is called in place of the model where that is wrapped.
     Source: MDLM (arXiv 2406.07524, eq. 10); the count form: MDM as any-order autoregression (arXiv 2410.14157).
     """
     maskable_BT = streams.is_maskable_BT
     rows_B = torch.arange(len(maskable_BT), device=maskable_BT.device) if rows_B is None else rows_B
-    is_masked_KBT, weight_KBT = draw_fixed_count_mask(seed, rows_B, streams.chunk_BT, maskable_BT, samples=samples)
+    drawn_KBT, drawn_weight_KBT = draw_fixed_count_mask(seed, rows_B, streams.chunk_BT, maskable_BT, samples=samples)
+    every_KBT, every_weight_KBT, is_small_BT = every_mask(streams.chunk_BT, maskable_BT, samples=samples)
+    is_masked_KBT = torch.where(is_small_BT, every_KBT, drawn_KBT)
+    weight_KBT = torch.where(is_small_BT, every_weight_KBT, drawn_weight_KBT)
     nats_KBT = torch.zeros(samples, *maskable_BT.shape, device=maskable_BT.device)
     for start in range(0, samples, VIEWS_PER_PASS):
         views = slice(start, start + VIEWS_PER_PASS)
         layout = model.objective.layout(streams, is_masked_KBT[views], weight_KBT[views])
-        nats_KBT[views].view(-1).index_add_(0, layout.token_M, model(layout)[1] * layout.weight_M)
-    nats_KB = nats_KBT.sum(-1)
+        nats_KBT[views].view(-1).index_add_(0, layout.token_M, (forward or model)(layout)[1] * layout.weight_M)
+    nats_KBT = torch.where(is_small_BT, nats_KBT.mean(0), nats_KBT)
+    nats_KB, is_noisy_B = nats_KBT.sum(-1), (maskable_BT & ~is_small_BT).any(1)
     spread_B = nats_KB.std(0) if samples > 1 else torch.full_like(nats_KB[0], torch.nan)
-    return Estimate(nats_KB.mean(0), nats_KBT.mean(0), spread_B / samples**0.5, maskable_BT.sum(1))
+    stderr_B = torch.where(is_noisy_B, spread_B / samples**0.5, 0.0)
+    return Estimate(nats_KB.mean(0), nats_KBT.mean(0), stderr_B, maskable_BT.sum(1), nats_KB)
 
 
 @torch.no_grad()
@@ -90,7 +99,8 @@ def exact(model: DiffusionModel, streams: Streams, *, order: str = "confidence")
         nats_S += torch.where(reveal_S, torch.zeros_like(nats_S).index_copy(0, layout.token_M, found_M), 0)
         is_masked_BT &= ~reveal_S.view(rows, slots)
     nats_BT = nats_S.view(rows, slots)
-    return Estimate(nats_BT.sum(1), nats_BT, torch.zeros(rows, device=model.device), streams.is_maskable_BT.sum(1))
+    nats_B = nats_BT.sum(1)
+    return Estimate(nats_B, nats_BT, torch.zeros(rows, device=model.device), streams.is_maskable_BT.sum(1), nats_B[None])
 
 
 def _predict(model: DiffusionModel, layout: Layout, score: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

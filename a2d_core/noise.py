@@ -105,6 +105,28 @@ def draw_fixed_count_mask(seed: int, rows_B: Tensor, block_BL: Tensor, is_maskab
     return is_masked_KBL, (maskable_BN / count_KBN).gather(-1, block_KBL)
 
 
+def every_mask(block_BL: Tensor, is_maskable_BL: Tensor, *, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All 2^M - 1 masks of each block with no more of them than `samples`: what `draw_fixed_count_mask` estimates, without noise.
+
+    View k has mask k + 1, read as a binary number, and the weight samples / (n C(M, n)), so that the mean over the views is
+    the expectation over n uniform on 1..M. Returns is_masked_KBL, weight_KBL and is_small_BL: where a block is that small.
+    """
+    blocks, most = int(block_BL.max()) + 1, (samples + 1).bit_length() - 1
+    maskable_BN = torch.zeros(len(block_BL), blocks, dtype=torch.long, device=block_BL.device).scatter_add(
+        1, block_BL, is_maskable_BL.long()
+    )
+    maskable_BL, before_BN = maskable_BN.gather(1, block_BL), maskable_BN.cumsum(1) - maskable_BN
+    index_BL = is_maskable_BL.cumsum(1) - is_maskable_BL.long() - before_BN.gather(1, block_BL)
+    number_K = torch.arange(1, samples + 1, device=block_BL.device)
+    is_masked_KBL = ((number_K[:, None, None] >> index_BL.clamp(max=62)) & 1).bool() & (
+        number_K[:, None, None] >> maskable_BL.clamp(max=62) == 0
+    )
+    counts = [int(number).bit_count() for number in range(1, samples + 1)]
+    table = [[samples / (n * math.comb(m, n)) if n <= m else 0.0 for n in counts] for m in range(most + 1)]
+    weight_KBL = torch.tensor(table, device=block_BL.device)[maskable_BL.clamp(max=most)].movedim(-1, 0)
+    return is_masked_KBL & is_maskable_BL, weight_KBL, maskable_BL <= most
+
+
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of a 64-bit integer tensor."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

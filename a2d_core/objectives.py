@@ -46,6 +46,11 @@ class Streams:
     key: bytes | None
     """What the slots are known by where all rows are alike; they are then stored once, as [1, C] and [1, T]."""
 
+    def sharing(self, copies: int) -> Streams:
+        """The same, each `copies` rows, whose clean streams are alike, on one of them: as answers to one question are."""
+        clean = self.clean if self.key else Slots(*(x[::copies] for x in self.clean.fields()))
+        return replace(self, clean_ids_BC=self.clean_ids_BC[::copies], clean=clean)
+
     @property
     def chunks(self) -> int:
         """n: noised blocks per row, the largest."""
@@ -112,6 +117,11 @@ class Objective:
     def block_of(self, position: Tensor) -> Tensor:
         """Block index of each logical position; blocks are anchored at position 0."""
         return position // self.block_size if self.block_size else torch.zeros_like(position)
+
+    def span(self, begin: int, end: int) -> tuple[int, int]:
+        """Where the first and the last block begin that hold the positions from `begin` to before `end`."""
+        size = self.block_size
+        return (begin // size * size, (end - 1) // size * size) if size else (0, 0)
 
     def streams(
         self,
@@ -180,24 +190,27 @@ class Objective:
     def layout(self, streams: Streams, is_masked_KBT: Tensor, weight_KBT: Tensor) -> Layout:
         """The forward pass of training and likelihood, [x_0 | x_t views].
 
-        The K views of a row share its clean stream, (1 + K) L positions in place of 2 K L; where there is no clean stream
-        (one block), each view is a row of its own.
+        The K views of a row, and rows that share their clean stream, stand on one, (1 + K) L positions in place of 2 K L;
+        where there is no clean stream (one block), each view is a row of its own.
         """
         views, rows, noised = is_masked_KBT.shape
-        clean = streams.clean_ids_BC.shape[1]
+        clean, copies = streams.clean_ids_BC.shape[1], rows // len(streams.clean_ids_BC)
         noised_ids_KBT = torch.where(is_masked_KBT, self.mask_token_id, streams.noised_ids_BT)
         token_M = is_masked_KBT.flatten().nonzero()[:, 0]
         if clean:
-            slots, ids_BS = streams.clean, torch.cat([streams.clean_ids_BC, *noised_ids_KBT], 1)
-            for view in range(views):
-                slots = slots.then(replace(streams.noised, view=streams.noised.view + view * _TURNS))
-            row_M, slot_M = token_M // noised % rows, clean + token_M // (noised * rows) * noised + token_M % noised
-            source_M = row_M * ids_BS.shape[1] + slot_M
+            slots, ids = streams.clean, [streams.clean_ids_BC]
+            for copy in range(views * copies):
+                here = streams.noised if streams.key else Slots(*(x[copy % copies :: copies] for x in streams.noised.fields()))
+                slots = slots.then(replace(here, view=here.view + copy * _TURNS))
+                ids.append(noised_ids_KBT[copy // copies, copy % copies :: copies])
+            ids_BS, row_M = torch.cat(ids, 1), token_M // noised % rows
+            copy_M = token_M // (noised * rows) * copies + row_M % copies
+            source_M = row_M // copies * ids_BS.shape[1] + clean + copy_M * noised + token_M % noised
         else:
             slots = Slots(*(x.repeat(1 if streams.key else views, 1) for x in streams.noised.fields()))
             source_M, ids_BS = token_M, noised_ids_KBT.flatten(0, 1)
         target_M, weight_M = streams.noised_ids_BT.flatten()[token_M % (rows * noised)], weight_KBT.flatten()[token_M]
-        key = (streams.key, views) if streams.key else None
+        key = (streams.key, views * copies) if streams.key else None
         return Layout(ids_BS, slots, source_M - int(self.right_shift), target_M, weight_M, token_M, key)
 
     @property

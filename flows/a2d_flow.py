@@ -161,6 +161,7 @@ class A2DFlow(FlowSpec):
                     model,
                     room / "output",
                     seed=recipe.seed,
+                    processes=recipe.compute.generate.processes,
                     baseline_dir=baseline,
                     pretrained_dir=pretrained,
                     source_dir=source,

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import shutil
+from dataclasses import replace
 
 import families
 import pytest
@@ -143,6 +145,48 @@ def test_choices_are_scored_by_likelihood(checkpoints, tmp_path):
     assert 0 <= row["value"] <= 1
 
 
+def test_a_sample_whose_metrics_raise_is_recorded_and_counted(checkpoints, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": "a", "answer": i} for i in range(4)]))
+    (tmp_path / "score.py").write_text("def score(doc, results):\n    return {'inverse': 1 / doc['answer']}\n")
+    (tmp_path / "some.yaml").write_text(
+        f"task: some\ndataset_path: json\ntest_split: test\noutput_type: generate_until\n"
+        f"dataset_kwargs: {{data_files: {{test: '{tmp_path}/rows.json'}}}}\ndoc_to_text: '{{{{text}}}}'\ndoc_to_target: '{{{{answer}}}}'\n"
+        f"process_results: !function score.score\ngeneration_kwargs: {{until: [], max_gen_toks: 4}}\n"
+        f"metric_list: [{{metric: inverse, aggregation: mean, higher_is_better: true}}]\n"
+    )
+    config = EvaluateConfig(tasks=("some",), task_dirs=(str(tmp_path),), text_dataset=None)
+    (row,) = evaluate.run(config, SAMPLE, checkpoints["mdlm"], tmp_path / "out")["tasks"]
+    assert (row["documents"], row["failed"], row["value"]) == (3, 1, pytest.approx((1 + 1 / 2 + 1 / 3) / 3))
+    samples = json.loads((tmp_path / "out" / "lm_eval.json").read_text())["samples"]["some"]
+    assert [sample["failed"] for sample in samples] == ["ZeroDivisionError: division by zero", None, None, None]
+    with pytest.raises(UserError, match="every sample of task 'some' failed, the first with: ZeroDivisionError"):
+        evaluate.run(replace(config, limit=1), SAMPLE, checkpoints["mdlm"], tmp_path / "out")
+
+
+def test_two_processes_find_what_one_finds(checkpoints, tmp_path):
+    rows = [{"question": f"Q{i}", "choices": ["no", "yes, indeed", "perhaps"], "answer": i % 3} for i in range(5)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    task_file(
+        tmp_path, task="yes_or_no", dataset_path="json", dataset_kwargs={"data_files": {"test": str(tmp_path / "rows.json")}},
+        output_type="multiple_choice", doc_to_text="{{question}}", doc_to_choice="{{choices}}", doc_to_target="{{answer}}",
+        metric_list=[{"metric": "acc"}, {"metric": "exact_match"}],
+    )  # fmt: skip
+    config = replace(SMALL, tasks=("yes_or_no", "words_sort"), task_dirs=(str(tmp_path),), limit=5, batch_size=1)
+    found = []
+    for processes in (1, 2):
+        summary = evaluate.run(config, SAMPLE, checkpoints["bd3lm"], tmp_path / str(processes), processes=processes)
+        samples = json.loads((tmp_path / str(processes) / "lm_eval.json").read_text())["samples"]
+        assert summary == json.loads((tmp_path / str(processes) / "results.json").read_text())
+        found.append((summary, samples))
+    (one, its_samples), (two, their_samples) = found
+    texts = [{name: value for name, value in summary["text"].items() if value is not None} for summary in (one, two)]
+    assert texts[1] == pytest.approx(texts[0], rel=1e-5) and two["tasks"] == one["tasks"]
+    assert their_samples["words_sort"] == its_samples["words_sort"]
+    for a, b in zip(its_samples["yes_or_no"], their_samples["yes_or_no"], strict=True):
+        assert (a["doc_id"], a["nelbo_samples"], a["exact_match"]) == (b["doc_id"], b["nelbo_samples"], b["exact_match"])
+        assert [score for ((score, _),) in a["resps"]] == pytest.approx([score for ((score, _),) in b["resps"]], rel=1e-5)
+
+
 # --- text ---
 
 
@@ -230,6 +274,35 @@ def test_code_runs_where_it_is_allowed_and_the_environment_is_put_back(checkpoin
     config = EvaluateConfig(tasks=("writes_code",), task_dirs=(str(tmp_path),), code_execution=True, text_dataset=None)
     assert evaluate.run(config, SAMPLE, checkpoints["mdlm"], tmp_path / "out")["tasks"][0]["value"] == 1.0
     assert "HF_ALLOW_CODE_EXECUTION" not in os.environ
+
+
+@pytest.mark.parametrize("damage", ["short", "header", "absent"])
+def test_a_damaged_checkpoint_is_refused(damage, checkpoints, tmp_path, no_forward):
+    shutil.copytree(checkpoints["mdlm"], tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    content, message = weights.read_bytes(), "bytes where its header says"
+    weights.write_bytes(content[:-100] if damage == "short" else b"\xff" * 100)
+    if damage == "absent":
+        weights.unlink()
+        (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1-of-2.safetensors"}}))
+        message = "model-1-of-2.safetensors, which model.safetensors.index.json names, is not there"
+    for directories in ({"model_dir": tmp_path / "model"}, {"model_dir": checkpoints["mdlm"], "baseline_dir": tmp_path / "model"}):
+        with pytest.raises(UserError, match=rf"is damaged: .*{message}"):
+            evaluate.run(SMALL, SAMPLE, output_dir=tmp_path / "out", **directories)
+
+
+def test_a_task_that_asks_for_something_else_is_refused(checkpoints, tmp_path, no_forward):
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": "a", "answer": "b"}]))
+    (tmp_path / "odd.py").write_text(
+        "from lm_eval.api.task import ConfigurableTask\n\n\nclass Odd(ConfigurableTask):\n    def __init__(self, config):\n"
+        "        super().__init__(config={k: v for k, v in config.items() if k != 'class'})\n        self.OUTPUT_TYPE = 'classify'\n"
+    )
+    (tmp_path / "odd.yaml").write_text(
+        f"task: odd\nclass: !function odd.Odd\ndataset_path: json\ntest_split: test\noutput_type: generate_until\n"
+        f"dataset_kwargs: {{data_files: {{test: '{tmp_path}/rows.json'}}}}\ndoc_to_text: '{{{{text}}}}'\ndoc_to_target: '{{{{answer}}}}'\n"
+    )
+    with pytest.raises(UserError, match=r"task 'odd' asks for 'classify', and the model does generate_until, .*: leave it out"):
+        evaluate.run(EvaluateConfig(tasks=("odd",), task_dirs=(str(tmp_path),)), SAMPLE, checkpoints["mdlm"], tmp_path / "out")
 
 
 @pytest.mark.parametrize(

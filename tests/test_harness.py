@@ -1,14 +1,19 @@
 """The classes that lm-evaluation-harness runs a diffusion checkpoint through."""
 
+import json
 import math
+import subprocess
+import sys
 
 import families
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_eval.tasks._index import TaskIndex
 
-from a2d_core import likelihood, models, sampling
+from a2d_core import likelihood, models, sampling, tasks
+from a2d_core.__main__ import main
 from a2d_core.config import SampleConfig, UserError
 from a2d_core.harness import DiffusionLM
 
@@ -131,6 +136,10 @@ def test_an_unknown_generation_argument_is_refused_by_name(model):
         DiffusionLM(model).generate_until(requests("generate_until", (PROMPTS[0], {"num_beams": 4})))
 
 
+def test_one_beam_is_what_there_is(model):
+    assert DiffusionLM(model).sampler_for({"num_beams": 1}) == DiffusionLM(model).sampler_for({})
+
+
 def test_a_request_beyond_the_context_is_refused_before_any_work(model, monkeypatch):
     monkeypatch.setattr(model, "hidden", None)
     lm = DiffusionLM(model)
@@ -199,7 +208,68 @@ def test_spaces_at_the_end_of_a_context_stay_where_no_token_spans_them(model):
     assert model.tokenizer.decode(continuation) == "yes"
 
 
+def test_standard_errors_are_kept_by_task_document_and_place(model):
+    asked = [Instance("loglikelihood", {}, ("one", text), i, metadata=("letters", 7, 1)) for i, text in enumerate(("two", "a longer one"))]
+    lm = DiffusionLM(model, max_nelbo_samples=8)
+    answers = lm.loglikelihood(asked)
+    assert set(lm.scores) == {("letters", 7, 0), ("letters", 7, 1)}
+    assert [lm.scores["letters", 7, i].nats for i in (0, 1)] == [score for score, _ in answers]
+    assert lm.scores["letters", 7, 0].stderr == 0 < lm.scores["letters", 7, 1].stderr  # three bytes have seven masks, all of them summed
+    text = [Instance("loglikelihood_rolling", {}, ("x" * 3 * CONTEXT,), 0, metadata=("text", 0, 1))]
+    assert lm.loglikelihood_rolling(text) == [lm.scores["text", 0, 0].nats] and lm.scores["text", 0, 0].stderr > 0
+    told = lm.get_model_info()["likelihood"]
+    assert (told["requests"], told["requests_not_finite"], told["method"]) == (3, 0, "nelbo") and told["mean_stderr"] > 0
+
+
+def test_a_likelihood_that_is_not_finite_is_the_worst_there_is_and_counted(model):
+    with torch.no_grad():
+        model.network.get_output_embeddings().weight[ord("z")] = torch.nan
+    lm = DiffusionLM(model, nelbo_samples=2)
+    lm._reproduced = lambda pairs: [False] * len(pairs)
+    assert lm.loglikelihood(requests("loglikelihood", ("one", "ab"), ("one", "cd"))) == [(-math.inf, False)] * 2
+    assert lm.get_model_info()["likelihood"]["requests_not_finite"] == 2
+
+
 # --- construction ---
+
+
+def test_the_command_of_lm_eval_runs_the_model(checkpoints, tmp_path, monkeypatch):
+    """Without lm-eval's own 14,000 task files, which take many seconds to read."""
+    (tmp_path / "rows.json").write_text(json.dumps([{"question": f"Q{i}", "choices": ["no", "yes"], "answer": i % 2} for i in range(2)]))
+    task = {"task": "yes_or_no", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}}}
+    task |= {"output_type": "multiple_choice", "test_split": "test", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}"}
+    (tmp_path / "task.yaml").write_text(json.dumps(task | {"doc_to_target": "{{answer}}", "metric_list": [{"metric": "acc"}]}))
+    build = TaskIndex.build
+    monkeypatch.setattr(TaskIndex, "build", staticmethod(lambda paths: build([path for path in paths if path == tmp_path])))
+    options = ["--model", "a2d_bd3lm", "--model_args", f"pretrained={checkpoints['bd3lm']},likelihood=exact", "--tasks", "yes_or_no"]
+    where = ["--include_path", str(tmp_path), "--batch_size", "2", "--output_path", str(tmp_path / "out"), "--log_samples"]
+    assert main(["lm-eval", *options, *where]) == 0
+    (path,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(path.read_text())
+    assert results["results"]["yes_or_no"]["acc,none"] in (0, 0.5, 1)
+    assert results["config"]["sampler"]["batch_size"] == 2 and results["config"]["likelihood"]["method"] == "exact"
+
+
+def test_a_task_file_makes_the_models_known_to_the_plain_command():
+    program = f"""
+from lm_eval.api.registry import model_registry
+from lm_eval.tasks._yaml_loader import load_yaml
+assert "a2d_mdlm" not in model_registry
+load_yaml({str(tasks.HERE / "plugin.yaml")!r})
+assert {{"a2d_mdlm", "a2d_bd3lm"}} <= set(model_registry)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tasks.HERE.parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("given", "size"), [("auto", 32), ("7", 7), (5, 5)])
+def test_the_batch_size_may_be_what_the_command_of_lm_eval_passes(model, given, size):
+    assert DiffusionLM(model, batch_size=given).sample.batch_size == size
+
+
+def test_a_batch_size_that_is_none_is_refused(model):
+    with pytest.raises(UserError, match="batch_size='many' must be of type int"):
+        DiffusionLM(model, batch_size="many")
 
 
 def test_lm_eval_finds_the_classes_by_name_and_passes_settings_on(checkpoints):
@@ -207,7 +277,7 @@ def test_lm_eval_finds_the_classes_by_name_and_passes_settings_on(checkpoints):
         text = f"pretrained={directory},threshold=0.5,max_new_tokens=9,nelbo_samples=2,seed=7"
         lm = get_model(f"a2d_{objective}").create_from_arg_string(text, {"batch_size": 3, "device": None})
         assert (lm.sample.threshold, lm.sample.max_new_tokens, lm.sample.batch_size) == (0.5, 9, 3)
-        assert (lm.nelbo_samples, lm.seed, lm.max_length) == (2, 7, CONTEXT)
+        assert (lm.scorer.samples, lm.seed, lm.max_length) == (2, 7, CONTEXT)
 
 
 def test_a_checkpoint_of_the_other_objective_is_refused(checkpoints):

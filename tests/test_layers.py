@@ -12,7 +12,7 @@ LAYERS = [
     ["config", "noise", "loss"],
     ["attention", "objectives", "store", "strategies", "launch", "presets", "checkpoints", "follow"],
     ["lora", "models", "embedded", "data", "tracking", "tasks"],
-    ["likelihood", "sampling"],
+    ["likelihood", "sampling", "scoring"],
     ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat"],
     ["stages"],
     ["commands"],
