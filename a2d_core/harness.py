@@ -107,6 +107,8 @@ class DiffusionLM(TemplateLM):
         self._special = {str(token): index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self.scores: dict[tuple[str | None, int | None, int], Score] = {}
         """The likelihoods with their standard errors, by the task, the document, and the place of the request in that."""
+        self.efforts: dict[tuple[str | None, int | None, int], dict[str, float]] = {}
+        """What generating took, by the same: `nfe`, `tokens` through the first that ends the answer, and what else the sampler says."""
         self._planned: list[Task] | None = None
         self._reads_greedy: set[str | None] | None = None
 
@@ -236,25 +238,29 @@ class DiffusionLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """An answer for each (context, generation_kwargs), cut before the first of its stop strings."""
         self._check_first(requests)
-        return launch.divide(requests, lambda part: self._generate(part, disable_tqdm))
+        answers = launch.divide(requests, lambda part: self._generate(part, disable_tqdm))
+        for request, (_, effort) in zip(requests, answers, strict=True):
+            self.efforts[request.task_name, request.doc_id, request.idx] = effort
+        return [text for text, _ in answers]
 
-    def _generate(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
+    def _generate(self, requests: list[Instance], disable_tqdm: bool) -> list[tuple[str, dict[str, float]]]:
         samplers = [self.sampler_for(request.args[1]) for request in requests]
         prompts = [self._prompt(request.args[0]) for request in requests]
         groups: dict[SampleConfig, list[int]] = defaultdict(list)
         for row in sorted(range(len(requests)), key=lambda row: len(prompts[row])):
             groups[samplers[row]].append(row)
-        texts = [""] * len(requests)
+        answers: list[tuple[str, dict[str, float]]] = [("", {})] * len(requests)
         with tqdm(total=len(requests), desc="generating", unit="prompt", disable=self._hides(disable_tqdm)) as bar:
             for sampler, rows in sorted(groups.items(), key=lambda group: group[0].max_new_tokens):
                 generator = torch.Generator(self.device).manual_seed(self.seed)
                 for batch in _batches(rows, sampler.batch_size):
                     generations = sampling.generate(self.model, [prompts[row] for row in batch], sampler, generator=generator)
                     for row, generation in zip(batch, generations, strict=True):
-                        texts[row] = self._cut(generation.tokens, requests[row].args[1].get("until") or [])
-                        self._remember("generate_until", requests[row].args, texts[row])
+                        text = self._cut(generation.tokens, requests[row].args[1].get("until") or [])
+                        answers[row] = text, _effort(generation)
+                        self._remember("generate_until", requests[row].args, text)
                     bar.update(len(batch))
-        return texts
+        return answers
 
     def _cut(self, tokens: list[int], until: str | Sequence[str]) -> str:
         """The text before the first stop string; a special token is found as a token, since it does not show in the text."""
@@ -389,6 +395,12 @@ class BD3LM(DiffusionLM):
     """A block diffusion checkpoint (BD3LM) as a model of lm-eval."""
 
     objective = "bd3lm"
+
+
+def _effort(generation: sampling.Generation) -> dict[str, float]:
+    told = {field.name: getattr(generation, field.name) for field in dataclasses.fields(generation)}
+    numbers = {name: told[name] for name in ("nfe", "logprob") if name in told}
+    return {**numbers, "tokens": len(generation.tokens) + generation.finished}
 
 
 def _batches(rows: list[int], size: int) -> Iterator[list[int]]:

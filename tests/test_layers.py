@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["config", "noise", "loss"],
-    ["attention", "objectives", "store", "strategies", "launch", "presets", "checkpoints", "follow"],
+    ["attention", "objectives", "store", "strategies", "launch", "presets", "checkpoints", "follow", "suites", "sandbox_child", "sandbox"],
     ["lora", "models", "embedded", "data", "tracking", "tasks"],
     ["likelihood", "sampling", "scoring"],
-    ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat"],
+    ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat", "report"],
     ["stages"],
     ["commands"],
     ["__main__"],
