@@ -398,9 +398,8 @@ class BD3LM(DiffusionLM):
 
 
 def _effort(generation: sampling.Generation) -> dict[str, float]:
-    told = {field.name: getattr(generation, field.name) for field in dataclasses.fields(generation)}
-    numbers = {name: told[name] for name in ("nfe", "logprob") if name in told}
-    return {**numbers, "tokens": len(generation.tokens) + generation.finished}
+    told: dict[str, Any] = {field.name: getattr(generation, field.name) for field in dataclasses.fields(generation)}
+    return {"tokens": len(generation.tokens) + generation.finished} | {name: told[name] for name in ("nfe", "logprob") if name in told}
 
 
 def _batches(rows: list[int], size: int) -> Iterator[list[int]]:

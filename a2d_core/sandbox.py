@@ -50,7 +50,7 @@ class Outcome:
     """`passed`, `out of time`, or the last line of what was raised."""
 
 
-def run(program: str, isolation: Isolation = "namespaces", limits: Limits = Limits()) -> Outcome:  # noqa: B008  it is frozen
+def run(program: str, isolation: Isolation = "namespaces", limits: Limits = Limits()) -> Outcome:
     """Run a Python program. With `isolation="process"` nothing but limits and an audit hook stand around it.
 
     Raises `UserError` where the kernel does not give namespaces.
@@ -108,7 +108,7 @@ def pass_at_k(total: int, right: int, k: int) -> float:
 
 
 @contextmanager
-def code_eval(isolation: Isolation, limits: Limits = Limits()) -> Iterator[None]:  # noqa: B008
+def code_eval(isolation: Isolation, limits: Limits = Limits()) -> Iterator[None]:
     """Let the tasks of lm-eval that are loaded meanwhile score programs with the sandbox, in place of a download that runs them here.
 
     Raises `UserError` at once where the sandbox does not work.

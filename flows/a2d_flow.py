@@ -145,9 +145,11 @@ class A2DFlow(FlowSpec):
         import cards
 
         self.results: dict[str, Any] | None = None
+        blocks = None
         with self._stage("evaluate") as (recipe, room, _):
             if self._is_on(recipe.evaluate, "evaluate"):
-                from a2d_core.stages import evaluate
+                from a2d_core import report
+                from a2d_core.stages import evaluate, register
 
                 model = store.get_dir(self.model, room / "model")
                 has_baseline = recipe.evaluate.baseline and self.model != self.untrained
@@ -165,10 +167,11 @@ class A2DFlow(FlowSpec):
                     baseline_dir=baseline,
                     pretrained_dir=pretrained,
                     source_dir=source,
+                    champion=tracking.champion_numbers(register.model_name(recipe)),
                 )
                 tracking.log_evaluation(results, room / "output")
-                self.results = results
-            cards.show_evaluation(current.card["evaluation"], recipe, self.results)
+                self.results, blocks = results, report.read(room / "output")
+            cards.show_evaluation(current.card["evaluation"], recipe, blocks)
         self.next(self.register)
 
     @step

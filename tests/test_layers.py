@@ -13,7 +13,7 @@ LAYERS = [
     ["attention", "objectives", "store", "strategies", "launch", "presets", "checkpoints", "follow", "suites", "sandbox_child", "sandbox"],
     ["lora", "models", "embedded", "data", "tracking", "tasks"],
     ["likelihood", "sampling", "scoring"],
-    ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat", "report"],
+    ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat", "report", "perplexity"],
     ["stages"],
     ["commands"],
     ["__main__"],
@@ -35,7 +35,8 @@ NUMERIC_CORE = [
     "launch",
     "chat",
 ]
-QUICK = ["config", "presets", "strategies", "launch", "store", "checkpoints", "follow", "tracking", "stages.checks", "commands", "__main__"]
+QUICK = ["config", "presets", "strategies", "suites", "launch", "store", "checkpoints", "follow", "tracking", "report"]
+QUICK += ["stages.checks", "commands", "__main__"]
 PIPELINE = {"peft", "metaflow", "mlflow", "datasets", "lm_eval"}
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "pandas"} | PIPELINE
 

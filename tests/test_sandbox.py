@@ -40,7 +40,10 @@ def test_a_right_program_passes_and_a_wrong_one_says_why(run):
 
 
 def test_a_program_gets_the_standard_library_and_a_directory_of_its_own(run):
-    program = "import collections, heapq, json, math, re, os\nassert os.listdir() == []\nopen('a', 'w').write('b')\nassert open('a').read() == 'b'"
+    program = (
+        "import collections, heapq, json, math, re, os\nassert os.listdir() == []\n"
+        "open('a', 'w').write('b')\nassert open('a').read() == 'b'"
+    )
     assert run(program) == sandbox.Outcome(True, "passed")
 
 
@@ -100,7 +103,8 @@ def test_the_environment_is_empty(run, monkeypatch):
 @pytest.mark.skipif(not namespaces(), reason="the kernel refuses user namespaces")
 def test_the_namespaces_hold_without_the_audit_hook():
     """What gets around Python meets the kernel."""
-    write = f"import ctypes\nlibc = ctypes.CDLL(None)\nassert libc.open({str(__file__).encode()!r}, 1) == -1\nassert libc.open(b'in', 65, 0o600) >= 0"
+    outside = f"assert libc.open({str(__file__).encode()!r}, 1) == -1"
+    write = f"import ctypes\nlibc = ctypes.CDLL(None)\n{outside}\nassert libc.open(b'in', 65, 0o600) >= 0"
     assert sandbox.run(write, "namespaces", QUICK) == sandbox.Outcome(True, "passed")
     undo = "import ctypes\nlibc = ctypes.CDLL(None)\nassert libc.mount(None, b'/', None, 32 | 4096, None) == -1"
     assert sandbox.run(undo, "namespaces", QUICK).passed
