@@ -110,6 +110,7 @@ def summary(
     `perplexity_bound`, `bits_per_byte`; `ar_nll` and its like of the autoregressive source, and by how much the bound is above
     it, row by row (`gap`); NAME_nelbo of every other checkpoint. A standard error holds the noise of the estimate too.
     """
+    nats_B = nats_B.double()
     result: dict[str, float | None] = {"tokens": tokens, "bytes": int(bytes_B.sum())}
     result |= {"nelbo": None, "stderr": None, "perplexity_bound": None, "ar_nll": None}
     result["nelbo"], result["stderr"] = _ratio(nats_B, torch.full_like(nats_B, tokens / len(nats_B)))
@@ -122,7 +123,7 @@ def summary(
         result["ar_nll"], result["ar_stderr"] = _ratio(ar_B, each_B)
         result["ar_perplexity"] = math.exp(result["ar_nll"] or 0)
         result["ar_bits_per_byte"], result["ar_bits_per_byte_stderr"] = _ratio(ar_B / math.log(2), bytes_B)
-        result["gap"], result["gap_stderr"] = _ratio(nats_B.double() - ar_B, each_B)
+        result["gap"], result["gap_stderr"] = _ratio(nats_B - ar_B, each_B)
     return result
 
 

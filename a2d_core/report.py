@@ -77,7 +77,7 @@ def content(summary: Row, samples: list[Row], record: Row) -> list[Block]:
         blocks += [Text("Text", 2), text_table(summary["text"]), Text(_bound(summary["text"]))]
     if any(row["evaluations"] for row in summary["tasks"]):
         caption = "Quality against network evaluations per answer; bars are 95% confidence intervals. "
-        caption += "The large dot is the sampler of the tables." if summary["frontier"] else "A dot is a task."
+        caption += "A star is the sampler of the tables; the others are named by what they change." if summary["frontier"] else ""
         blocks += [Text("Quality against evaluations", 2), Image(plot(summary), caption)]
         if summary["frontier"]:
             blocks.append(frontier_table(summary["frontier"]))
@@ -105,7 +105,7 @@ def task_table(tasks: list[Row]) -> Table:
     }
     for name, title in (("baseline", "parent"), ("champion", "champion"), ("published", "published")):
         columns[title] = [estimate(row[name]) for row in rows]
-        columns[f"− {title}"] = ["–" if row[name] is None else f"{row['value'] - row[name]:+.3f}" for row in rows]
+        columns[f"vs {title}"] = ["–" if row[name] is None else f"{row['value'] - row[name]:+.3f}" for row in rows]
     columns |= {
         "evaluations": [number(row["evaluations"]) for row in rows],
         "tokens per evaluation": [ratio(row["tokens"], row["evaluations"]) for row in rows],
@@ -152,6 +152,7 @@ def frontier_table(frontier: list[Row]) -> Table:
             ratio(row["tokens"], row["evaluations"]),
         )
         for row in frontier
+        if row["is_main"]
     ]
     return Table(("sampler", "task", "metric", "score", "evaluations", "tokens per evaluation"), tuple(rows))
 
@@ -236,28 +237,39 @@ def ratio(above: float | None, below: float | None) -> str:
 # --- the plot and the page ------------------------------------------------------------------------
 
 
-def plot(summary: Row) -> bytes:
-    """A PNG: the score of each task against network evaluations per answer, a line through the samplers of the frontier."""
+def plot(summary: Row, across: str = "network evaluations per answer") -> bytes:
+    """A PNG: the score of each task against its `evaluations`, and a line for each field that the frontier tries."""
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    for row in main_rows([row for row in summary["tasks"] if row["evaluations"]]):
-        others = [f for f in summary["frontier"] if (f["task"], f["metric"]) == (row["task"], row["metric"])]
-        points = sorted([row, *others], key=lambda point: point["evaluations"])
-        at, scores = [p["evaluations"] for p in points], [p["value"] for p in points]
-        bars = axes.errorbar(
-            at, scores, yerr=[Z95 * (p["stderr"] or 0) for p in points], fmt=".-", capsize=2, label=row["entry"] or row["task"]
-        )
-        axes.plot(row["evaluations"], row["value"], "o", markersize=9, color=bars.lines[0].get_color())
-    axes.set_xlabel("network evaluations per answer")
+    for i, row in enumerate(row for row in summary["tasks"] if row["is_main"] and row["evaluations"]):
+        name, colour = row["entry"] or row["task"], f"C{i}"
+        lines: dict[str, list[Row]] = defaultdict(list)
+        for point in summary["frontier"]:
+            if (point["task"], point["metric"]) == (row["task"], row["metric"]):
+                lines[point["sampler"].partition("=")[0]].append(point)
+        for j, (field, points) in enumerate(lines.items()):
+            style = {"color": colour, "linestyle": ("-", "--", ":")[j % 3], "marker": ".os"[j % 3], "markersize": 4}
+            _bars(axes, sorted(points, key=lambda point: point["evaluations"]), label=f"{name}, {field}", **style)
+            for point in points:
+                value = point["sampler"].partition("=")[2]
+                axes.annotate(value, (point["evaluations"], point["value"]), (3, 4), textcoords="offset points", fontsize=7)
+        _bars(axes, [row], label=name, color=colour, marker="*", markersize=12)
+    axes.set_xlabel(across)
     axes.set_ylabel("score")
-    axes.set_ylim(bottom=0)
+    axes.margins(y=0.15)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120, metadata={"Software": None})
     return png.getvalue()
+
+
+def _bars(axes: Any, points: list[Row], **style: Any) -> None:
+    """Points with their 95% confidence intervals."""
+    at, scores = [p["evaluations"] for p in points], [p["value"] for p in points]
+    axes.errorbar(at, scores, yerr=[Z95 * (p["stderr"] or 0) for p in points], capsize=2, elinewidth=0.7, **style)
 
 
 def html(title: str, blocks: Sequence[Block]) -> str:

@@ -192,11 +192,10 @@ def champion_numbers(name: str) -> dict[str, float]:
     client = mlflow.MlflowClient()
     try:
         version = client.get_model_version_by_alias(name, "champion")
-    except MlflowException:
+        logged = client.get_logged_model(version.model_id or version.source.removeprefix("models:/"))
+    except MlflowException:  # no such model, no champion, or one that was registered by other means
         return {}
-    if version.model_id:
-        return {metric.key: metric.value for metric in client.get_logged_model(version.model_id).metrics or []}
-    return {}
+    return {metric.key: metric.value for metric in logged.metrics or []}
 
 
 def evaluation_numbers(results: dict[str, Any] | None) -> dict[str, Any]:

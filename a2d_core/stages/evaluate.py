@@ -41,6 +41,8 @@ BOOTSTRAP = 1000
 """Resamples behind the standard error of a metric that has no formula for it."""
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "lm_eval", "numpy")
 """What a number may depend on."""
+FRONTIER = ("task", "metric", "value", "stderr", "evaluations", "tokens", "documents", "is_main")
+"""What a row of the frontier has of a row of the tasks."""
 REVEAL = ("threshold", "entropy_budget", "steps_per_block")
 """Fields that say how many tokens an evaluation reveals: the frontier tries one of them at a time."""
 
@@ -63,7 +65,8 @@ def run(
     `tasks`: a row for each task, metric and group: value, stderr, `chance` (the word tasks), `baseline` (the score of the
     checkpoint at `baseline_dir`), `champion` (from `champion`, TASK/METRIC -> score), documents, `failed` (documents whose
     metrics raised, which no mean counts, or whose likelihood is not finite), `evaluations` of the network and `tokens` per
-    answer, higher_is_better; and the row of a suite's entry has its name (`entry`), shots, and the `published` score.
+    answer, higher_is_better; `is_main` of the row that stands for a task that was asked for, or an entry of the suite, which
+    also has its name (`entry`), num_fewshot and `published`.
     `text`: see `perplexity.summary`; `pretrained_dir` is the checkpoint before fine-tuning, which may forget how to write
     plain text, `source_dir` the autoregressive model. `frontier`: rows of the tasks with other samplers.
 
@@ -114,9 +117,7 @@ def work(
         tokens = rows_BL[:, 1:].numel()
         summary["text"] = perplexity.summary(nats_B, bytes_B, tokens, ar_B=ar_B, pretrained=pretrained_B, baseline=baseline[1])
     summary["frontier"] = [
-        {"sampler": name, **{key: row[key] for key in ("task", "metric", "value", "stderr", "evaluations", "tokens", "documents")}}
-        for name, found in frontier
-        for row in summarise(parts, found)
+        {"sampler": name, **{key: row[key] for key in FRONTIER}} for name, found in frontier for row in summarise(parts, found)
     ]
     if PartialState().is_main_process:
         settings = {"evaluate": evaluate, "sample": sample, "seed": seed, "processes": PartialState().num_processes}
@@ -280,22 +281,25 @@ def summarise(
     rows = []
     names = [name for found in results for name in found["results"]]
     for i, (part, found) in enumerate(zip(parts, results, strict=False)):  # no results: in all processes but the first
-        for row in table(found, baseline[i] if baseline else None):
-            entry = next((e for e in part.entries if _stands_for(e, row, found)), None)
+        scores = table(found, baseline[i] if baseline else None)
+        asked = part.entries or [suites.Entry(task) for task in part.evaluate.tasks]
+        chosen = {_chosen(entry, scores): entry for entry in asked}
+        for row in scores:
+            entry = chosen.get((row["task"], row["metric"]))
             shots = part.evaluate.num_fewshot if part.entries else None
             if names.count(row["task"]) > 1:
                 row["task"] = f"{row['task']} {shots}-shot"
-            row |= {"entry": entry.name if entry else None, "num_fewshot": shots}
+            row |= {"is_main": entry is not None, "entry": entry.name or None if entry else None, "num_fewshot": shots}
             row |= {name: getattr(entry, name) if entry else None for name in ("published", "source", "note")}
             row["champion"] = (champion or {}).get(f"{row['task']}/{row['metric']}")
             rows.append(row)
     return rows
 
 
-def _stands_for(entry: suites.Entry, row: Row, results: Row) -> bool:
-    """Whether a row is that of a suite's entry: of its task and metric, or of the task's first metric where it has none of this name."""
-    metrics = [r["metric"] for r in table(results, None) if r["task"] == entry.task]
-    return row["task"] == entry.task and row["metric"] == (entry.metric if entry.metric in metrics else metrics[0])
+def _chosen(entry: suites.Entry, scores: list[Row]) -> tuple[str, str] | None:
+    """Task and metric of the row that stands for an entry; where the task has no metric of its name, the first."""
+    metrics = [str(row["metric"]) for row in scores if row["task"] == entry.task]
+    return (entry.task, entry.metric if entry.metric in metrics else metrics[0]) if metrics else None
 
 
 def sample_rows(results: Row) -> list[Row]:
@@ -341,7 +345,8 @@ def _words_stderr(results: Row, members: list[str]) -> float | None:
     """Standard error of the mean over word tasks: over words, since tasks that ask about the same word do not err independently."""
     by_word = defaultdict(list)
     for sample in (sample for task in members for sample in results["samples"][task]):
-        by_word[sample["doc"]["word"]].append(sample["exact_match"])
+        if "exact_match" in sample:  # it has not failed
+            by_word[sample["doc"]["word"]].append(sample["exact_match"])
     means = [statistics.fmean(scores) for scores in by_word.values()]
     return statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
 
