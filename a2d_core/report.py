@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html as escape
 import io
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -241,26 +242,26 @@ def plot(summary: Row, across: str = "network evaluations per answer") -> bytes:
     """A PNG: the score of each task against its `evaluations`, and a line for each field that the frontier tries."""
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for i, row in enumerate(row for row in summary["tasks"] if row["is_main"] and row["evaluations"]):
-        name, colour = row["entry"] or row["task"], f"C{i}"
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes, colours = figure.subplots(), (f"C{i}" for i in itertools.count())
+    for row in (row for row in summary["tasks"] if row["is_main"] and row["evaluations"]):
+        name = row["entry"] or row["task"]
         lines: dict[str, list[Row]] = defaultdict(list)
         for point in summary["frontier"]:
             if (point["task"], point["metric"]) == (row["task"], row["metric"]):
                 lines[point["sampler"].partition("=")[0]].append(point)
         for j, (field, points) in enumerate(lines.items()):
-            style = {"color": colour, "linestyle": ("-", "--", ":")[j % 3], "marker": ".os"[j % 3], "markersize": 4}
+            style = {"color": next(colours), "linestyle": ("-", "--", ":")[j % 3], "marker": "osD"[j % 3], "markersize": 4}
             _bars(axes, sorted(points, key=lambda point: point["evaluations"]), label=f"{name}, {field}", **style)
             for point in points:
                 value = point["sampler"].partition("=")[2]
                 axes.annotate(value, (point["evaluations"], point["value"]), (3, 4), textcoords="offset points", fontsize=7)
-        _bars(axes, [row], label=name, color=colour, marker="*", markersize=12)
+        _bars(axes, [row], label=name, color=next(colours), marker="*", markersize=12)
     axes.set_xlabel(across)
     axes.set_ylabel("score")
     axes.margins(y=0.15)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(fontsize="small", loc="outside lower center", ncols=3)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120, metadata={"Software": None})
     return png.getvalue()

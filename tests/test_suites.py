@@ -252,7 +252,7 @@ def test_programs_of_humaneval_and_mbpp_run_in_the_sandbox_and_only_with_leave(c
     with pytest.raises(UserError, match="runs code that the model writes"):
         evaluate.run(config, SampleConfig(), checkpoints["mdlm"], tmp_path / "out")
     adding = iter(["    return a + b\n```", "    return a - b\n```"])
-    twos = iter(["def two(): return 2\n```", "import os\nos._exit(0)\n```"])
+    twos = iter(["\ndef two(): return 2\n```", "\nimport os\nos._exit(0)\n```"])  # a word right behind ``` is a language to lm-eval
 
     def oracle(model, prompts, *_, **__):
         answers = [next(adding if "add(" in model.tokenizer.decode(prompt) else twos) for prompt in prompts]
