@@ -108,8 +108,15 @@ def parser() -> argparse.ArgumentParser:
     )
 
     evaluate = _command(group, "evaluate", "score on lm-evaluation-harness tasks, and the NELBO of held-out text", commands.evaluate)
-    _model(evaluate)
+    _model(evaluate, required=False)
     evaluate.add_argument("--tasks", metavar="A,B", help="task or group names of lm-eval (default: the preset's)")
+    evaluate.add_argument("--suite", metavar="NAME", help="tasks with their own shots and samplers: see 'suites', or a .toml file")
+    evaluate.add_argument("--perplexity", metavar="FILE|DATASET", help="score all of this text; without --tasks or --suite it alone")
+    evaluate.add_argument(
+        "--frontier", action="append", metavar="FIELD=A,B", help="try samplers too: threshold=0.5,0.9, steps_per_block=1,2; repeat at will"
+    )
+    evaluate.add_argument("--repeat", metavar="RUN_ID", help="run this evaluation of MLflow (--mlflow URI) again, and compare to the bit")
+    evaluate.add_argument("--champion", metavar="NAME", help="compare with the champion of this registered model (with --mlflow)")
     evaluate.add_argument("--dataset", help="held-out text: Hub id, file, directory, 'embedded:corpus', or 'none' (default: the preset's)")
     evaluate.add_argument("--baseline", metavar="DIR", help="score this checkpoint too, for comparison: the converted one, say")
     evaluate.add_argument("--processes", type=int, metavar="N", help="processes on this machine, one per GPU (default: the preset's)")
@@ -147,6 +154,10 @@ def parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=commands.plan)
     listing = group.add_parser("presets", help="list the presets", description="List the presets.")
     listing.set_defaults(run=commands.list_presets)
+    listed = group.add_parser("suites", help="list the suites of evaluate, or what is in one", description="List the suites.")
+    listed.add_argument("name", nargs="?", metavar="NAME", help="show the entries of this one")
+    listed.add_argument("--objective", choices=OBJECTIVES, default="bd3lm", help="default: bd3lm")
+    listed.set_defaults(run=commands.list_suites)
     return top
 
 
@@ -212,9 +223,9 @@ def _output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace the earlier output in --output-dir")
 
 
-def _model(command: argparse.ArgumentParser) -> None:
+def _model(command: argparse.ArgumentParser, required: bool = True) -> None:
     command.add_argument(
-        "--model", required=True, metavar="DIR",
+        "--model", required=required, metavar="DIR",
         help="diffusion checkpoint: a directory that convert, pretrain or sft has made, or models:/NAME@ALIAS or models:/NAME/VERSION",
     )  # fmt: skip
     command.add_argument("--objective", choices=OBJECTIVES, help="only for a model that does not say it: on the Hub, or a published one")

@@ -6,13 +6,14 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from a2d_core import launch, presets, strategies, tracking
+from a2d_core import launch, presets, strategies, suites, tracking
 from a2d_core.config import OBJECTIVES, STAGES, Recipe, TrackingConfig, build, parse_override, parse_sources, require, to_dict
 from a2d_core.follow import Follower
 from a2d_core.stages import checks, prompts
@@ -146,12 +147,21 @@ def chat(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Score, and print the table."""
-    tasks = args.tasks.split(",") if args.tasks else None
+    """Score, and print the table; or repeat an evaluation, and compare."""
+    if args.repeat:
+        _repeat(args)
+        return
+    require(bool(args.model), "evaluate needs --model DIR (or --repeat RUN_ID, for an evaluation that MLflow has)")
+    _require_one_source_of_tasks(args)
+    tasks = args.tasks.split(",") if args.tasks else [] if args.perplexity and not args.suite else None
+    text = args.perplexity or args.dataset
     options = [
         _option("evaluate.tasks", tasks),
+        _option("evaluate.suite", args.suite),
+        _option("evaluate.frontier", args.frontier),
         _option("evaluate.baseline", bool(args.baseline)),
-        f"evaluate.text_dataset={args.dataset}" if args.dataset else None,
+        f"evaluate.text_dataset={text}" if text else None,
+        _option("evaluate.text_part", "all" if args.perplexity else None),
     ]
     recipe = _resolve_for_model(args, options)
     with _work(args, recipe, inputs=(args.model, args.baseline, args.source)) as output_dir:
@@ -167,15 +177,66 @@ def evaluate(args: argparse.Namespace) -> None:
             baseline_dir=args.baseline,
             source_dir=args.source,
             objective=recipe.objective,
+            champion=tracking.champion_numbers(args.champion) if args.champion else None,
         )
         if args.mlflow is not None:
             tracking.log_evaluation(result, output_dir)
+    _tell_evaluation(result, output_dir)
+
+
+def _require_one_source_of_tasks(args: argparse.Namespace) -> None:
+    require(not (args.tasks and args.suite), f"--suite {args.suite} brings its own tasks: leave --tasks {args.tasks} out")
+    require(not (args.perplexity and args.dataset), "--perplexity and --dataset both name the text: give one of them")
+    require(not args.champion or args.mlflow is not None, "--champion NAME is looked up in MLflow: add --mlflow [URI]")
+
+
+def _repeat(args: argparse.Namespace) -> None:
+    """Run an evaluation of MLflow again, and say what differs; exit code 1 where the numbers do."""
+    uri = tracking.default_uri(TrackingConfig(uri=args.mlflow or None))
+    tracking.check_server(uri)
+    args.mlflow = None  # the repetition is compared, and not tracked
+    with tempfile.TemporaryDirectory() as folder:
+        earlier = tracking.fetch_evaluation(args.repeat, folder)
+        from a2d_core.stages import repeat
+
+        output_dir = checks.output_directory(args.output_dir, overwrite=args.overwrite, inputs=tuple(filter(None, [args.model])))
+        result, surroundings, outcome = repeat.run(earlier, output_dir, model_dir=args.model)
+    _tell_evaluation(result, output_dir)
+    for title, differences in (("settings, versions or weights differ", surroundings), ("results differ", outcome)):
+        if differences:
+            print(f"\n{title}:", *differences[:20], *([f"and {len(differences) - 20} more"] if len(differences) > 20 else []), sep="\n  ")
+    if outcome:
+        print(f"\nnot equal: {len(outcome)} numbers or answers of run {args.repeat} came out otherwise")
+        raise SystemExit(1)
+    print(f"\nequal: every number and every answer of run {args.repeat} came out again, to the last bit")
+
+
+def _tell_evaluation(result: dict[str, Any], output_dir: Path) -> None:
     for row in result["tasks"]:
-        aside = "".join(f", {name} {row[name]:.3f}" for name in ("chance", "baseline") if row[name] is not None)
-        print(f"{row['task']:<24} {row['metric']:<14} {row['value']:.3f} ± {row['stderr'] or 0:.3f} ({row['documents']} documents{aside})")
+        told = [(name, row[name]) for name in ("chance", "baseline", "champion", "published") if row[name] is not None]
+        aside = "".join(f", {name} {value:.3f}" for name, value in told) + (f", {row['failed']} failed" if row["failed"] else "")
+        name, stderr = row["entry"] or row["task"], row["stderr"] or 0
+        print(f"{name:<24} {row['metric']:<14} {row['value']:.3f} ± {stderr:.3f} ({row['documents']} documents{aside})")
+    for row in result["frontier"]:
+        pace = f"{row['tokens'] / row['evaluations']:.2f} tokens per evaluation" if row["evaluations"] else ""
+        print(f"{row['sampler']:<24} {row['task']:<24} {row['value']:.3f} ± {row['stderr'] or 0:.3f}  {pace}")
     if result["text"]:
         _tell(result["text"])
-    print(f"\nall of it is in {output_dir}/results.json")
+    print(f"\nall of it is in {output_dir}/results.json, and to look at in {output_dir}/report.html")
+
+
+def list_suites(args: argparse.Namespace) -> None:
+    """List the suites, or the entries of one."""
+    if not args.name:
+        for name in suites.names():
+            print(f"{name:<12} {textwrap.fill(suites.read(name, 'bd3lm').summary, 100, subsequent_indent=' ' * 13)}")
+        return
+    for entry in suites.read(args.name, args.objective).entries:
+        published = "" if entry.published is None else f"  published {entry.published:.3f}"
+        shots = "" if entry.num_fewshot is None else f"  {entry.num_fewshot} shots"
+        print(f"{entry.name:<18} {entry.task:<20} {entry.metric or '':<30}{shots}{published}")
+        for text in (json.dumps(entry.sample) if entry.sample else "the recipe's sampler", entry.note):
+            print(f"{'':<18} {text}" if text else "", end="\n" if text else "")
 
 
 def export(args: argparse.Namespace) -> None:

@@ -363,6 +363,10 @@ class EvaluateConfig:
     """Run this stage."""
     tasks: tuple[str, ...] = ("a2d_words",)
     """lm-evaluation-harness task or group names; `a2d_words` is the embedded set."""
+    suite: str | None = None
+    """A list of tasks with their own shots and samplers, in place of `tasks`: a name (see 'suites'), or a .toml file."""
+    frontier: tuple[str, ...] = ()
+    """Further samplers that the tasks are run with, such as threshold=0.5,0.9 or steps_per_block=1,2: quality against evaluations."""
     task_dirs: tuple[str, ...] = ()
     """Directories with further lm-eval task files."""
     datasets: dict[str, str] = field(default_factory=dict)
@@ -387,6 +391,8 @@ class EvaluateConfig:
     """Score the converted but untrained model too, for comparison."""
     text_dataset: str | None = "embedded:corpus"
     """Held-out text for the NELBO per token (as TrainConfig.dataset); None skips it."""
+    text_part: Literal["held_out", "all"] = "held_out"
+    """Score what is held out of `text_dataset`, or all of it."""
     text_config: str | None = None
     """Configuration (subset) name of a Hub `text_dataset`."""
     text_split: str | None = None
@@ -402,7 +408,9 @@ class EvaluateConfig:
     nelbo_samples: int = 8
     """Noise draws per row of the NELBO estimate."""
     code_execution: bool = False
-    """Run the code that a model writes (HumanEval, MBPP)."""
+    """Run the code that a model writes (HumanEval, MBPP), each program in a process of its own without network."""
+    code_isolation: Literal["namespaces", "process"] = "namespaces"
+    """What stands around such a program: Linux namespaces and limits, or, inside a container made for it, limits alone."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "batch_tokens", "text_rows", "nelbo_samples", "max_nelbo_samples"):
@@ -566,6 +574,10 @@ class Recipe:
         if not shared:
             return
         name = ", ".join(sorted(shared))
+        require(
+            scored.text_part == "held_out",
+            f"evaluate.text_part=all scores all of '{name}', which pretrain.dataset trains on: give another evaluate.text_dataset",
+        )
         require(
             {source for source in ours if source[0] in shared} <= theirs,
             f"evaluate.text_dataset reads '{name}' with another config, split or filter than pretrain.dataset: "

@@ -107,6 +107,8 @@ class DiffusionLM(TemplateLM):
         self._special = {str(token): index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self.scores: dict[tuple[str | None, int | None, int], Score] = {}
         """The likelihoods with their standard errors, by the task, the document, and the place of the request in that."""
+        self.efforts: dict[tuple[str | None, int | None, int], dict[str, float]] = {}
+        """What generating took, by the same: `nfe`, `tokens` through the first that ends the answer, and what else the sampler says."""
         self._planned: list[Task] | None = None
         self._reads_greedy: set[str | None] | None = None
 
@@ -236,15 +238,18 @@ class DiffusionLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """An answer for each (context, generation_kwargs), cut before the first of its stop strings."""
         self._check_first(requests)
-        return launch.divide(requests, lambda part: self._generate(part, disable_tqdm))
+        answers = launch.divide(requests, lambda part: self._generate(part, disable_tqdm))
+        for request, (_, effort) in zip(requests, answers, strict=True):
+            self.efforts[request.task_name, request.doc_id, request.idx] = effort
+        return [text for text, _ in answers]
 
-    def _generate(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
+    def _generate(self, requests: list[Instance], disable_tqdm: bool) -> list[tuple[str, dict[str, float]]]:
         samplers = [self.sampler_for(request.args[1]) for request in requests]
         prompts = [self._prompt(request.args[0]) for request in requests]
         groups: dict[SampleConfig, list[int]] = defaultdict(list)
         for row, sampler in enumerate(samplers):
             groups[dataclasses.replace(sampler, max_new_tokens=1)].append(row)
-        texts = [""] * len(requests)
+        answers: list[tuple[str, dict[str, float]]] = [("", {})] * len(requests)
         with tqdm(total=len(requests), desc="generating", unit="prompt", disable=self._hides(disable_tqdm)) as bar:
             for group, rows in groups.items():
                 untils = [_listed(requests[row].args[1].get("until") or []) for row in rows]
@@ -260,10 +265,11 @@ class DiffusionLM(TemplateLM):
                 for event in finished:
                     if event.generation is not None:
                         row = rows[event.prompt]
-                        texts[row] = self._cut(event.generation.tokens, untils[event.prompt], event.generation.text)
-                        self._remember("generate_until", requests[row].args, texts[row])
+                        text = self._cut(event.generation.tokens, untils[event.prompt], event.generation.text)
+                        answers[row] = text, _effort(event.generation)
+                        self._remember("generate_until", requests[row].args, text)
                         bar.update()
-        return texts
+        return answers
 
     def _cut(self, tokens: list[int], until: Sequence[str], text: str | None = None) -> str:
         """The text before the first stop string; a special token is found as a token, since it does not show in the text."""
@@ -397,6 +403,10 @@ class BD3LM(DiffusionLM):
 
 def _listed(until: str | Sequence[str]) -> Sequence[str]:
     return [until] if isinstance(until, str) else until
+
+
+def _effort(generation: sampling.Generation) -> dict[str, float]:
+    return {"tokens": len(generation.tokens) + generation.finished, "nfe": generation.nfe, "logprob": generation.logprob}
 
 
 def _batches(rows: list[int], size: int) -> Iterator[list[int]]:

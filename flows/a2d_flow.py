@@ -144,9 +144,11 @@ class A2DFlow(FlowSpec):
         """Score the model, beside the untrained checkpoint and the autoregressive source, and say whether it passes the gate."""
         import cards
 
+        from a2d_core import report
         from a2d_core.stages import register
 
         self.results: dict[str, Any] | None = None
+        blocks = None
         with self._stage("evaluate") as (recipe, room, _):
             if self._is_on(recipe.evaluate, "evaluate"):
                 from a2d_core.stages import evaluate
@@ -167,13 +169,14 @@ class A2DFlow(FlowSpec):
                     baseline_dir=baseline,
                     pretrained_dir=pretrained,
                     source_dir=source,
+                    champion=tracking.champion_numbers(register.model_name(recipe)),
                 )
                 tracking.log_evaluation(results, room / "output")
-                self.results = results
+                self.results, blocks = results, report.read(room / "output")
             self.verdict = register.judge(recipe, self.results) if recipe.register.enabled else {}
             if self.verdict:
                 print("gate: " + ": ".join(self.verdict[tag] for tag in ("gate", "gate.why") if tag in self.verdict))
-            cards.show_evaluation(current.card["evaluation"], recipe, self.results)
+            cards.show_evaluation(current.card["evaluation"], recipe, blocks)
         self.next(self.register)
 
     @step

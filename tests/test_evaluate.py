@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from a2d_core import embedded, models, sampling, tasks
+from a2d_core import embedded, models, perplexity, sampling, tasks
 from a2d_core.config import EvaluateConfig, SampleConfig, UserError
 from a2d_core.models import DiffusionModel
 from a2d_core.sampling import Event, Generation
@@ -217,7 +217,7 @@ def test_the_text_score_does_not_depend_on_the_batch_size(checkpoints, tmp_path)
 
 def test_scored_text_is_held_out(checkpoints):
     model = models.load(checkpoints["mdlm"])
-    rows = evaluate.held_out_rows(EvaluateConfig(text_rows=20, text_length=64), model, seed=0)
+    rows = perplexity.rows_of_text(EvaluateConfig(text_rows=20, text_length=64), model, seed=0)
     held_out = model.tokenizer.eos_token.join(embedded.corpus_split()[1])
     assert rows.shape == (20, 64)
     assert all(model.tokenizer.decode(row) in held_out for row in rows)
