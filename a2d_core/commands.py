@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import textwrap
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import launch, presets, strategies, suites, tracking
-from a2d_core.config import STAGES, Recipe, TrackingConfig, UserError, build, parse_override, parse_sources, require, to_dict
+from a2d_core.config import OBJECTIVES, STAGES, Recipe, TrackingConfig, build, parse_override, parse_sources, require, to_dict
 from a2d_core.follow import Follower
-from a2d_core.stages import checks
+from a2d_core.stages import checks, prompts
 
 USES = {
     "convert": ("convert",),
@@ -31,6 +32,10 @@ UNREAD = {
     "evaluate": {"sample.prompts": "the tasks bring their own", "evaluate.baseline": "use --baseline DIR"},
 }
 """Command -> the fields of its stages that it does not read, and why; `enabled` is one for every command."""
+SHOWN = 8
+"""Samples that are printed; the others are in the file."""
+LOGGED = ("answer", "tokens", "nfe", "seconds")
+"""Columns of the table of samples in MLflow, beside the prompt."""
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -73,6 +78,7 @@ def train(args: argparse.Namespace) -> None:
             strategy=strategy,
             nodes=nodes,
             resume_from=resume_from,
+            objective=recipe.objective,
         )
         if is_main and args.mlflow is not None:
             tracking.log_numbers(result)
@@ -82,27 +88,62 @@ def train(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """Generate, and print what came."""
-    prompts = _read_prompts(args.prompts) if args.prompts else args.prompt
-    recipe = _resolve_for_model(args, [_option("sample.prompts", prompts)])
-    with _work(args, recipe, inputs=(args.model, args.prompts)) as output_dir:
+    rows = prompts.read(args.prompts, infill=args.infill) if args.prompts else None
+    recipe = _resolve_for_model(args, [_option("sample.prompts", args.prompt)])
+    require(not (args.infill and args.animate), "--animate replays answers, not infills: leave out one of the two")
+    folder = args.animate.absolute().parent if args.animate else None
+    require(
+        folder is None or (args.animate.suffix == ".html" and folder.is_dir()),
+        f"--animate {args.animate}: give a file .html in a folder that exists",
+    )
+    output = args.output or Path(args.output_dir, "samples.jsonl")
+    require(output.suffix == ".jsonl", f"--output {output}: give a file with the ending .jsonl, or a directory with --output-dir")
+    require(
+        args.resume or args.overwrite or not output.exists(),
+        f"'{output}' is there already: go on from it with --resume, replace it with --overwrite, or choose another",
+    )
+    with _work(args, recipe, inputs=(args.model, args.prompts)):
         from a2d_core.stages import sample as stage
 
-        result = stage.run(recipe.sample, args.model, output_dir, seed=recipe.seed)
+        result = stage.run(
+            recipe.sample,
+            args.model,
+            output,
+            seed=recipe.seed,
+            rows=rows,
+            resume=args.resume,
+            infill=args.infill,
+            animate=args.animate,
+            objective=recipe.objective,
+        )
         if args.mlflow is not None:
-            tracking.log_samples(result["samples"])
-    for row in result["samples"]:
-        print(row["prompt"], f"  {row['completion']}", sep="\n")
-        print(f"  ({row['new_tokens']} tokens, {row['nfe']:g} evaluations, {row['tokens_per_second']:.0f} tokens/s)\n")
-    print(f"all of it is in {output_dir}/samples.jsonl")
+            tracking.log_samples([{"prompt": stage.text(row), **{n: row[n] for n in LOGGED}} for row in result["samples"]])
+    for row in result["samples"][:SHOWN]:
+        print(stage.text(row), f"  {row['answer']}", sep="\n")
+        print(f"  ({row['tokens']} tokens, {row['nfe']} evaluations, {row['seconds']:.2f} s)\n")
+    print(f"{result['answered']} prompts answered, {result['skipped']} skipped: all of it is in {output}")
+    if args.animate:
+        print(f"the replay is {args.animate}: open it in a browser")
 
 
 def chat(args: argparse.Namespace) -> None:
     """Talk to a model."""
     recipe = _resolve_for_model(args, [])
-    from a2d_core import chat as terminal
+    require(args.pace >= 0, f"--pace {args.pace}: give seconds, 0 or more")
+    from a2d_core import terminal
 
     with checks.memory_advice("sample", recipe.sample):
-        terminal.run(recipe.sample, args.model, raw=args.raw, forget=args.forget, seed=recipe.seed)
+        terminal.run(
+            recipe.sample,
+            args.model,
+            raw=args.raw,
+            forget=args.forget,
+            system=args.system,
+            pace=args.pace,
+            seed=recipe.seed,
+            objective=recipe.objective,
+            fixed={name.partition(".")[2]: why for name, why in UNREAD["chat"].items()} | {"enabled": "it is"},
+        )
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -135,6 +176,7 @@ def evaluate(args: argparse.Namespace) -> None:
             processes=recipe.compute.generate.processes if args.processes is None else args.processes,
             baseline_dir=args.baseline,
             source_dir=args.source,
+            objective=recipe.objective,
             champion=tracking.champion_numbers(args.champion) if args.champion else None,
         )
         if args.mlflow is not None:
@@ -197,6 +239,15 @@ def list_suites(args: argparse.Namespace) -> None:
             print(f"{'':<18} {text}" if text else "", end="\n" if text else "")
 
 
+def export(args: argparse.Namespace) -> None:
+    """Write a checkpoint in the published A2D format."""
+    output_dir = checks.output_directory(args.output_dir, overwrite=args.overwrite, inputs=(args.model,))
+    from a2d_core import models
+
+    models.load(args.model, objective=args.objective, device="cpu").export(output_dir)
+    print(f"{output_dir} is in the published A2D format")
+
+
 def merge(args: argparse.Namespace) -> None:
     """Merge LoRA adapters into the model that they were trained on."""
     require((Path(args.model) / "adapter_config.json").is_file(), f"'{args.model}' holds no LoRA adapters: there is nothing to merge")
@@ -220,9 +271,34 @@ def lm_eval(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Print a resolved recipe, which `--preset FILE.json` reads back."""
-    recipe = to_dict(presets.resolve(presets.read(args.preset), args.objective, args.overrides, args.seed))
-    print(json.dumps({key: value for key, value in recipe.items() if key != "objective"}, indent=2))
+    """Print a resolved recipe, which `--preset FILE.json` reads back, and then what it would cost."""
+    from a2d_core import plan as costs
+
+    recipe = presets.resolve(presets.read(args.preset), args.objective, args.overrides, args.seed)
+    plain = {key: value for key, value in to_dict(recipe).items() if key != "objective"}
+    cost = costs.estimate(recipe)
+    if args.json:
+        print(json.dumps({"recipe": plain, "cost": cost}, indent=2))
+    else:
+        print(json.dumps(plain, indent=2), costs.text(cost), sep="\n\n")
+
+
+def registry(args: argparse.Namespace) -> None:
+    """Review a version, or decide on it."""
+    from a2d_core import registry as models
+    from a2d_core import review
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    tracking.check_server(tracking.default_uri(TrackingConfig(uri=args.mlflow)))
+    if args.verb == "review":
+        found = review.build(models.read(args.name, args.version), models.champion(args.name))
+        print(json.dumps(found, indent=2) if args.json else review.text(found))
+    elif args.verb == "promote":
+        print(models.promote(args.name, args.version, force=args.force, why=args.why))
+    elif args.verb == "rollback":
+        print(models.rollback(args.name, args.why))
+    else:
+        print({"approve": models.approve, "reject": models.reject}[args.verb](args.name, args.version, args.why))
 
 
 def list_presets(args: argparse.Namespace) -> None:
@@ -266,6 +342,8 @@ def _complete(text: str, command: str) -> str:
 
 def _resolve_for_model(args: argparse.Namespace, options: Sequence[str | None]) -> Recipe:
     """The recipe for a checkpoint, whose directory tells the objective and the block size."""
+    if args.model.startswith("models:/"):
+        args.model = tracking.checkpoint_of(args.model, TrackingConfig(uri=args.mlflow or None))
     model = Path(args.model)
     spec = checks.read_spec(model)
     if spec is None:
@@ -275,7 +353,11 @@ def _resolve_for_model(args: argparse.Namespace, options: Sequence[str | None]) 
             bool(args.objective), f"there is no directory '{model}': give a checkpoint directory; for a model on the Hub, add --objective"
         )
         return _resolve(args, args.objective, options)
-    objective = spec["objective"]
+    objective = spec["objective"] or args.objective
+    require(
+        bool(objective),
+        f"'{model}' does not say what it was trained for: add --objective {' or --objective '.join(OBJECTIVES)}",
+    )
     require(
         args.objective in (None, objective),
         f"--objective {args.objective}: '{model}' is a checkpoint for {objective}, so leave the option out",
@@ -290,7 +372,11 @@ def _work(args: argparse.Namespace, recipe: Recipe, inputs: tuple[str | Path | N
     if args.mlflow is not None:
         uri = tracking.default_uri(TrackingConfig(uri=args.mlflow or None))
         tracking.check_server(uri)
-    output_dir = checks.output_directory(args.output_dir, resume=args.resume, overwrite=args.overwrite, inputs=tuple(filter(None, inputs)))
+    if getattr(args, "output", None) is None:
+        given = {"resume": args.resume, "overwrite": args.overwrite, "inputs": tuple(filter(None, inputs))}
+        output_dir = checks.output_directory(args.output_dir, **given)
+    else:
+        output_dir = checks.output_directory(args.output.parent, resume=True)
     with checks.memory_advice(stage, getattr(recipe, stage)):
         if args.mlflow is None:
             yield output_dir
@@ -302,19 +388,6 @@ def _work(args: argparse.Namespace, recipe: Recipe, inputs: tuple[str | Path | N
         ):
             yield output_dir
         tracking.finish(parent)
-
-
-def _read_prompts(path: Path) -> list[str]:
-    require(path.is_file(), f"there is no prompt file '{path}'")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if path.suffix == ".jsonl":
-        try:
-            rows = [json.loads(line) for line in lines]
-            lines = [row if isinstance(row, str) else row["prompt"] for row in rows]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: each line must be a JSON text or an object with the key 'prompt' ({error})") from None
-    require(bool(lines), f"'{path}' holds no prompts: write one a line")
-    return lines
 
 
 def _tell(result: dict[str, Any]) -> None:

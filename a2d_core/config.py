@@ -73,6 +73,8 @@ class ConvertConfig:
     """Precision of the saved weights; `auto` keeps that of the source."""
     trust_remote_code: bool = False
     """Run Python code that comes with a Hub model."""
+    allow_pickle: bool = False
+    """Read weights that are pickles, which can run code, where there are none in safetensors."""
 
     def __post_init__(self) -> None:
         require(self.block_size >= 1, f"convert.block_size must be at least 1, not {self.block_size}")
@@ -280,31 +282,77 @@ class SampleConfig:
     """Put each prompt through the tokenizer's chat template as a user's message."""
     max_new_tokens: int = 128
     """Tokens to generate after the prompt, at most."""
+    min_new_tokens: int = 0
+    """No end-of-sequence token before so many new tokens."""
     steps_per_block: int | None = None
     """Network evaluations per block with a fixed number of tokens each; None reveals one token at a time."""
     block_size: int | None = None
     """mdlm: fill the canvas in blocks of this many tokens, left to right; None is one block. bd3lm: the checkpoint's own."""
-    policy: Literal["confidence", "random"] = "confidence"
-    """Which masked positions are revealed first."""
+    block_origin: Literal["document_start", "prompt_end"] | None = None
+    """bd3lm: blocks begin at the first token, or at the end of the prompt; None is the checkpoint's own (published ones: prompt_end)."""
+    policy: Literal["confidence", "margin", "entropy", "random"] = "confidence"
+    """What goes first: the highest probability, the widest margin between the best two tokens, the lowest entropy, or anything."""
     threshold: float | None = None
     """Also reveal every token whose probability reaches this; at least one token per evaluation is revealed."""
+    entropy_budget: float | None = None
+    """Also reveal, in the policy's order, what adds up to at most so many nats of entropy without the largest (arXiv 2505.24857)."""
+    remasking: float = 0.0
+    """Share of a block's revealed tokens that each evaluation masks again, the least confident first (arXiv 2503.00307)."""
+    guidance: float = 0.0
+    """mdlm: w of classifier-free guidance, (1 + w) logits - w (logits with the prompt masked); each evaluation counts twice."""
     temperature: float = 0.0
     """0 is greedy; above it, tokens are drawn from softmax(logits / temperature)."""
     top_p: float = 1.0
-    """Keep the most probable tokens that make up this much of the probability."""
+    """Draw among the most probable tokens that make up this much of the probability."""
+    top_k: int | None = None
+    """Draw among so many of the most probable tokens."""
+    suppressed_tokens: tuple[int, ...] = ()
+    """Ids of tokens that are never produced; the mask token never is."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, which is cut before them."""
+    cache: Literal["exact", "prefix", "dual"] = "exact"
+    """mdlm: `prefix` and `dual` are APPROXIMATE: what lies before (or around) a block is computed once for it (arXiv 2505.22618)."""
     batch_size: int = 32
     """Prompts that are generated at once."""
+    cuda_graph: bool = False
+    """Pad to static shapes, and on CUDA replay each evaluation as a CUDA graph: faster where launching kernels is what takes time."""
 
     def __post_init__(self) -> None:
-        require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        require(
-            self.steps_per_block is None or self.steps_per_block >= 1, f"steps_per_block must be at least 1, not {self.steps_per_block}"
-        )
-        require(self.block_size is None or self.block_size >= 1, f"block_size must be at least 1, not {self.block_size}")
+        for name in ("max_new_tokens", "batch_size"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("steps_per_block", "block_size", "top_k"):
+            require(getattr(self, name) is None or getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("temperature", "guidance", "min_new_tokens"):
+            require(getattr(self, name) >= 0, f"{name} must be 0 or more, not {getattr(self, name)}")
         require(self.threshold is None or 0 < self.threshold <= 1, f"threshold must lie in (0, 1], not {self.threshold}")
-        require(self.temperature >= 0, f"temperature must be 0 or more, not {self.temperature}")
+        require(self.entropy_budget is None or self.entropy_budget >= 0, f"entropy_budget must be 0 or more, not {self.entropy_budget}")
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
-        require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
+        require(0 <= self.remasking < 1, f"remasking must lie in [0, 1), not {self.remasking}")
+        require("" not in self.stop, "stop must not hold an empty text: it would end every answer at once")
+        require(
+            self.threshold is None or self.entropy_budget is None,
+            f"threshold={self.threshold} and entropy_budget={self.entropy_budget} both say how many tokens to reveal: set one of them",
+        )
+        require(
+            self.remasking == 0 or (self.steps_per_block is not None and self.threshold is self.entropy_budget is None),
+            f"remasking={self.remasking} needs a fixed number of evaluations: set steps_per_block, but no threshold or entropy_budget",
+        )
+        require(
+            self.guidance == 0 or self.cache == "exact",
+            f"guidance={self.guidance} cannot go with cache={self.cache}: what is seen without the prompt is not cached. Set cache=exact",
+        )
+
+    def parameters(self) -> dict[str, Any]:
+        """What a single call may set otherwise, with 0 or "" for None: a served model's parameters have no null."""
+        unread = {"enabled", "prompts", "batch_size", "cuda_graph"}  # about the stage, and the machine
+        null = {"block_origin": ""}
+        return {name: null.get(name, 0) if value is None else value for name, value in vars(self).items() if name not in unread}
+
+    def with_parameters(self, given: dict[str, Any]) -> SampleConfig:
+        """This configuration with the parameters of a call; raises `UserError` where they are unknown or out of range."""
+        unset = {f.name for f in dataclasses.fields(self) if f.default is None}
+        changes = {name: None if name in unset and not value else value for name, value in given.items()}
+        return build(SampleConfig, {**to_dict(self), **changes}, "sample")
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class DiffusionLM(TemplateLM):
         if isinstance(pretrained, DiffusionModel):
             self.model = pretrained.to(device) if device else pretrained
         else:
-            self.model = models.load(pretrained, device=device, trust_remote_code=trust_remote_code)
+            self.model = models.load(pretrained, objective=self.objective, device=device, trust_remote_code=trust_remote_code)
         found = self.model.spec.objective
         require(
             self.objective in (None, found),
@@ -247,27 +247,36 @@ class DiffusionLM(TemplateLM):
         samplers = [self.sampler_for(request.args[1]) for request in requests]
         prompts = [self._prompt(request.args[0]) for request in requests]
         groups: dict[SampleConfig, list[int]] = defaultdict(list)
-        for row in sorted(range(len(requests)), key=lambda row: len(prompts[row])):
-            groups[samplers[row]].append(row)
+        for row, sampler in enumerate(samplers):
+            groups[dataclasses.replace(sampler, max_new_tokens=1)].append(row)
         answers: list[tuple[str, dict[str, float]]] = [("", {})] * len(requests)
         with tqdm(total=len(requests), desc="generating", unit="prompt", disable=self._hides(disable_tqdm)) as bar:
-            for sampler, rows in sorted(groups.items(), key=lambda group: group[0].max_new_tokens):
-                generator = torch.Generator(self.device).manual_seed(self.seed)
-                for batch in _batches(rows, sampler.batch_size):
-                    generations = sampling.generate(self.model, [prompts[row] for row in batch], sampler, generator=generator)
-                    for row, generation in zip(batch, generations, strict=True):
-                        text = self._cut(generation.tokens, requests[row].args[1].get("until") or [])
-                        answers[row] = text, _effort(generation)
+            for group, rows in groups.items():
+                untils = [_listed(requests[row].args[1].get("until") or []) for row in rows]
+                finished = sampling.stream(
+                    self.model,
+                    [prompts[row] for row in rows],
+                    group,
+                    generator=torch.Generator(self.device).manual_seed(self.seed),
+                    max_new_tokens=[samplers[row].max_new_tokens for row in rows],
+                    stop=[[stop for stop in until if stop and stop not in self._special] for until in untils],
+                    evaluations=False,
+                )
+                for event in finished:
+                    if event.generation is not None:
+                        row = rows[event.prompt]
+                        text = self._cut(event.generation.tokens, untils[event.prompt], event.generation.text)
+                        answers[row] = text, _effort(event.generation)
                         self._remember("generate_until", requests[row].args, text)
-                    bar.update(len(batch))
+                        bar.update()
         return answers
 
-    def _cut(self, tokens: list[int], until: str | Sequence[str]) -> str:
+    def _cut(self, tokens: list[int], until: Sequence[str], text: str | None = None) -> str:
         """The text before the first stop string; a special token is found as a token, since it does not show in the text."""
-        until = [until] if isinstance(until, str) else until
         stop_ids = {self._special[stop] for stop in until if stop in self._special}
         end = next((place for place, token in enumerate(tokens) if token in stop_ids), len(tokens))
-        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        if text is None or end < len(tokens):
+            text = str(self.tokenizer.decode(tokens[:end], skip_special_tokens=True))
         for stop in filter(None, until):
             text = text.partition(stop)[0]
         return text
@@ -356,24 +365,19 @@ class DiffusionLM(TemplateLM):
         return disable_tqdm or not PartialState().is_main_process or None  # None: hidden where no person looks
 
     def _reproduced(self, pairs: list[Pair]) -> list[bool]:
-        """Whether the greedy sampler, asked for as many tokens, writes this continuation after its context."""
-        contexts: dict[int, dict[tuple[int, ...], list[int] | None]] = defaultdict(dict)
-        for context, continuation in pairs:
-            if continuation:
-                contexts[len(continuation)][tuple(context)] = None
+        """Whether the greedy sampler, asked for as many tokens, writes this continuation after its context.
+
+        A row is given up at the first token that is another one.
+        """
+        sampler = dataclasses.replace(self.sample, temperature=0.0, policy="confidence", stop=(), min_new_tokens=0)
         stop_ids = set(self.model.stop_token_ids)
-        for length, found in contexts.items():
-            sampler = dataclasses.replace(self.sample, temperature=0.0, policy="confidence", max_new_tokens=length)
-            generations = sampling.generate(self.model, list(found), sampler)
-            found.update((context, g.tokens) for context, g in zip(found, generations, strict=True))
-
-        def is_same(context: list[int], continuation: list[int]) -> bool:
-            if not continuation:
-                return True
-            ends = continuation[-1] in stop_ids  # a generation is trimmed before its stop token
-            return contexts[len(continuation)][tuple(context)] == (continuation[:-1] if ends else continuation)
-
-        return [is_same(context, continuation) for context, continuation in pairs]
+        asked = list(dict.fromkeys((tuple(context), tuple(continuation)) for context, continuation in pairs if continuation))
+        # A generation is trimmed before its stop token, whichever that is.
+        wanted = [continuation[:-1] if continuation[-1] in stop_ids else continuation for _, continuation in asked]
+        contexts, lengths = [context for context, _ in asked], [len(continuation) for _, continuation in asked]
+        found = sampling.generate(self.model, contexts, sampler, max_new_tokens=lengths, expected=wanted) if asked else []
+        is_same = {pair: tuple(g.tokens) == want for pair, g, want in zip(asked, found, wanted, strict=True)}
+        return [not continuation or is_same[tuple(context), tuple(continuation)] for context, continuation in pairs]
 
     def _require_room(self, context: int, answer: int) -> None:
         if self.max_length is not None and context + answer > self.max_length:
@@ -397,9 +401,12 @@ class BD3LM(DiffusionLM):
     objective = "bd3lm"
 
 
+def _listed(until: str | Sequence[str]) -> Sequence[str]:
+    return [until] if isinstance(until, str) else until
+
+
 def _effort(generation: sampling.Generation) -> dict[str, float]:
-    told: dict[str, Any] = {field.name: getattr(generation, field.name) for field in dataclasses.fields(generation)}
-    return {"tokens": len(generation.tokens) + generation.finished} | {name: told[name] for name in ("nfe", "logprob") if name in told}
+    return {"tokens": len(generation.tokens) + generation.finished, "nfe": generation.nfe, "logprob": generation.logprob}
 
 
 def _batches(rows: list[int], size: int) -> Iterator[list[int]]:

@@ -28,9 +28,9 @@ class Head:
     excluded_token: int | None = None
     """Left out of the softmax (the mask token): it is not a prediction, so a uniform model scores log(V - 1)."""
 
-    def logits(self, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> Tensor:
-        """Logits [..., V] in float32."""
-        logits = F.linear(hidden_CH, weight_VH, bias_V).float()
+    def logits(self, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Logits [..., V] in float32, or in another precision."""
+        logits = F.linear(hidden_CH, weight_VH, bias_V).to(dtype)
         if self.scale != 1:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -57,6 +57,8 @@ def weighted_cross_entropy(
     Source: MDLM (arXiv 2406.07524, eq. 10); BD3LM (arXiv 2503.09573, eq. 8); gradients in the forward pass after
     Liger (arXiv 2410.10989).
     """
+    if not torch.is_grad_enabled():  # the function below does not see that, and would work out what nobody asks for
+        weight_VH, bias_V = weight_VH.detach(), None if bias_V is None else bias_V.detach()
     scored, spare = len(target_M), -len(target_M) % ROWS_MULTIPLE
     hidden_MH, target_M, coefficient_M = F.pad(hidden_MH, (0, 0, 0, spare)), F.pad(target_M, (0, spare)), F.pad(coefficient_M, (0, spare))
     total, ce_M = _WeightedCrossEntropy.apply(hidden_MH, weight_VH, bias_V, target_M, coefficient_M.float(), head)

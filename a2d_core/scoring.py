@@ -55,7 +55,7 @@ class _Job:
     """An answer, and what has been drawn for it."""
 
     answer: Answer
-    key: str
+    question: Sequence[Answer]
     """What its noise depends on."""
     draws: list[Tensor] = field(default_factory=list)
     is_exact: bool = False
@@ -101,7 +101,7 @@ class Scorer:
         A question is finished when its best answer leads each other by `CERTAIN` standard errors of their difference, however they
         are compared, or `max_samples` are drawn. Each round draws as many again as there are, for the others alone.
         """
-        jobs = [[_Job(answer, _key(answers)) for answer in answers] for answers in questions]
+        jobs = [[_Job(answer, answers) for answer in answers] for answers in questions]
         for job in (job for question in jobs for job in question if not job.answer.tokens):
             job.draws, job.is_exact = [torch.zeros(1)], True
         unfinished, spent, round_ = jobs, 0, 0
@@ -169,7 +169,7 @@ class Scorer:
         if self.method == "exact":
             found = likelihood.exact(self.model, streams, order=self.order)
         else:
-            rows_B = torch.tensor([_number(f"{job.key} {round_}") for job in jobs], device=self.model.device)
+            rows_B = torch.tensor([noise_number(job.question, round_) for job in jobs], device=self.model.device)
             found = likelihood.nelbo(self.model, streams, samples=views, seed=self.seed, rows_B=rows_B)
         return list(found.nats_KB.T.cpu())
 
@@ -192,12 +192,8 @@ def _is_decided(question: list[_Job]) -> bool:
     return bool(ways)
 
 
-def _key(answers: Sequence[Answer]) -> str:
-    """What the noise of a question depends on: its first context, or the answer where that is empty or a lone token."""
+def noise_number(answers: Sequence[Answer], round_: int) -> int:
+    """The row number for the noise of a question: it depends on its first context, and on the answers where that says nothing."""
     context, tokens = min((answer.context, answer.tokens) for answer in answers)
-    return f"{context}" if len(context) > 1 else f"{context} {tokens}"
-
-
-def _number(text: str) -> int:
-    """A row number for the noise."""
+    text = f"{context} {round_}" if len(context) > 1 else f"{context} {tokens} {round_}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

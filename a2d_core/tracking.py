@@ -63,6 +63,25 @@ def check_server(uri: str) -> None:
         ) from error
 
 
+def checkpoint_of(uri: str, config: TrackingConfig | None = None) -> str:
+    """The checkpoint directory of a registered version, `models:/NAME@ALIAS` or `models:/NAME/VERSION`, fetched where it is not local.
+
+    Raises `UserError` where there is none.
+    """
+    place = default_uri(config)
+    there = not place.startswith("sqlite:///") or Path(place.removeprefix("sqlite:///")).is_file()
+    require(there, f"{uri}: there is no MLflow database {place}: name the server or the database with MLFLOW_TRACKING_URI")
+    check_server(place)
+    import mlflow
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    try:
+        artifacts = mlflow.models.get_model_info(uri).flavors["python_function"]["artifacts"]
+        return str(mlflow.artifacts.download_artifacts(f"{uri}/{artifacts['checkpoint']['path']}"))
+    except (KeyError, mlflow.exceptions.MlflowException) as error:
+        raise UserError(f"{uri} is no checkpoint that was registered here, at {place} ({cause(error)})") from error
+
+
 def start_parent(recipe: Recipe, *, name: str, tags: dict[str, str] | None = None) -> str:
     """Make the run that stands for one run of the pipeline, with the resolved recipe as an artifact; return its id."""
     import mlflow

@@ -78,15 +78,15 @@ def show_samples(card: Any, recipe: Recipe, samples: list[Row]) -> None:
     rows = [
         [
             s["prompt"],
-            s["completion"],
-            str(s["new_tokens"]),
+            s["answer"],
+            str(s["tokens"]),
             number(s["nfe"]),
-            f"{s['new_tokens'] / max(s['nfe'], 1):.2f}",
-            f"{s['tokens_per_second']:,.0f}",
+            f"{s['tokens'] / max(s['nfe'], 1):.2f}",
+            f"{s['seconds']:.2f}",
         ]
         for s in samples
     ]
-    card.append(Table(rows, headers=["prompt", "completion", "tokens", "network evaluations", "tokens per evaluation", "tokens/s"]))
+    card.append(Table(rows, headers=["prompt", "answer", "tokens", "network evaluations", "tokens per evaluation", "seconds"]))
 
 
 def show_evaluation(card: Any, recipe: Recipe, blocks: Sequence[report.Block] | None) -> None:
@@ -118,6 +118,7 @@ def closing_words(recipe: Recipe, results: dict[str, Any] | None, registered: Ro
     ]
     if registered:
         look.append(("registered", f"{registered['name']} version {registered['version']}, alias candidate, review pending"))
+        look.append(("review", f"{tool('python')} -m a2d_core registry review {registered['name']}"))
     if model:
         look.append(("chat", chat_command(recipe, model)))
     elif registered:

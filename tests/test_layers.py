@@ -10,12 +10,27 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["config", "noise", "loss"],
-    ["attention", "objectives", "store", "strategies", "launch", "presets", "checkpoints", "follow", "suites", "sandbox_child", "sandbox"],
-    ["lora", "models", "embedded", "data", "tracking", "tasks"],
-    ["likelihood", "sampling", "scoring"],
-    ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat", "report", "perplexity"],
+    [
+        "attention",
+        "objectives",
+        "store",
+        "strategies",
+        "launch",
+        "presets",
+        "checkpoints",
+        "follow",
+        "published",
+        "gate",
+        "review",
+        "suites",
+        "sandbox_child",
+        "sandbox",
+    ],
+    ["reading", "lora", "models", "conversion", "embedded", "data", "tracking", "tasks"],
+    ["likelihood", "cache", "policies", "sampling", "infill", "watch", "replay", "scoring"],
+    ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat", "terminal", "report", "perplexity"],
     ["stages"],
-    ["commands"],
+    ["plan", "commands"],
     ["__main__"],
 ]
 """Lowest first; a room imports from lower layers, and from those that stand before it in its own."""
@@ -26,17 +41,43 @@ NUMERIC_CORE = [
     "noise",
     "objectives",
     "attention",
+    "reading",
     "models",
+    "conversion",
     "loss",
     "likelihood",
+    "cache",
+    "policies",
     "sampling",
+    "infill",
     "guard",
     "trainer",
     "launch",
+    "watch",
     "chat",
+    "terminal",
 ]
-QUICK = ["config", "presets", "strategies", "suites", "launch", "store", "checkpoints", "follow", "tracking", "report"]
-QUICK += ["stages.checks", "commands", "__main__"]
+QUICK = [
+    "config",
+    "presets",
+    "strategies",
+    "suites",
+    "report",
+    "launch",
+    "store",
+    "checkpoints",
+    "follow",
+    "tracking",
+    "gate",
+    "review",
+    "registry",
+    "stages.checks",
+    "stages.register",
+    "plan",
+    "published",
+    "commands",
+    "__main__",
+]
 PIPELINE = {"peft", "metaflow", "mlflow", "datasets", "lm_eval"}
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "pandas"} | PIPELINE
 

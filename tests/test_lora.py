@@ -66,7 +66,7 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "gemma3", "gpt2", "opt", "cohere", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "gemma3_text", "gpt2", "opt", "cohere", "phi3", "qwen3_moe"])
 def test_merged_adapters_give_the_outputs_of_unmerged_ones_in_every_family(family: str, tmp_path: Path) -> None:
     """Tied and untied embeddings, biases, Conv1D, a scaled embedding, fused projections, experts in one tensor."""
     model = saved(tmp_path / "base", family)
@@ -152,9 +152,7 @@ def test_adapters_train_merge_sample_and_evaluate_from_the_command_line(tmp_path
     names = ("merged/model.safetensors", "sft/checkpoint-final/model.safetensors")
     assert len({(tmp_path / name).read_bytes() for name in names}) == 1
     drawn = SampleConfig(prompts=("Reverse: abc",), max_new_tokens=8)
-    texts = [
-        sample.run(drawn, tmp_path / name, tmp_path / "samples" / name)["samples"][0]["completion"] for name in ("merged", "sft/adapter")
-    ]
+    texts = [sample.run(drawn, tmp_path / name, tmp_path / "samples" / name)["samples"][0]["answer"] for name in ("merged", "sft/adapter")]
     assert texts[0] == texts[1]
     assert main(["merge", "--model", str(base), "--output-dir", str(tmp_path / "no")]) == 2
     assert "holds no LoRA adapters" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from a2d_core import checkpoints
+from a2d_core import checkpoints, published
 from a2d_core.config import TrainConfig, UserError, require
 
 MADE_HERE = ("checkpoint-*", "metrics.jsonl", "samples.jsonl", "results.json")
@@ -47,8 +47,10 @@ def _made_ready(path: Path, resume: bool, overwrite: bool, inputs: tuple[str | P
         require(overwrite, f"output directory '{path}' is not empty: choose another, or replace what is in it with --overwrite")
         inside = [str(i) for i in inputs if Path(i).exists() and Path(i).resolve().is_relative_to(path.resolve())]
         require(not inside, f"--overwrite would delete '{path}' with the input {', '.join(inside)} in it: choose another output directory")
-        is_ours = read_spec(path) is not None or any(next(path.glob(name), None) for name in MADE_HERE)
-        require(is_ours, f"'{path}' does not look like the output of a stage, so it is not deleted: empty it yourself, or choose another")
+        is_ours = (read_spec(path) or {}).get("objective") or any(next(path.glob(name), None) for name in MADE_HERE)
+        require(
+            bool(is_ours), f"'{path}' does not look like the output of a stage, so it is not deleted: empty it yourself, or choose another"
+        )
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
@@ -56,10 +58,13 @@ def _made_ready(path: Path, resume: bool, overwrite: bool, inputs: tuple[str | P
 
 
 def read_spec(model_dir: str | Path) -> dict[str, Any] | None:
-    """The `a2d` entry of a checkpoint directory's config.json; None where there is none."""
+    """The `a2d` entry of a checkpoint directory's config.json; None where there is none.
+
+    A published checkpoint (`published`) has none and still is one: its objective is None.
+    """
     path = Path(model_dir) / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("a2d") if path.is_file() else None
+        return published.entry(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
     except (ValueError, AttributeError):
         raise UserError(f"{path} is not the JSON of a Hugging Face model: the file is damaged") from None
 

@@ -58,6 +58,7 @@ def run(
     baseline_dir: str | Path | None = None,
     pretrained_dir: str | Path | None = None,
     source_dir: str | Path | None = None,
+    objective: str | None = None,
     champion: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Score the checkpoint at `model_dir`. Returned, and written to results.json:
@@ -79,6 +80,7 @@ def run(
     paths = {"model_dir": model_dir, "baseline_dir": baseline_dir, "pretrained_dir": pretrained_dir, "source_dir": source_dir}
     call: Row = {name: None if path is None else str(path) for name, path in paths.items()}
     call |= {"evaluate": to_dict(config), "sample": to_dict(sample), "seed": seed, "output_dir": str(output_dir), "champion": champion}
+    call["objective"] = objective
     return launch.run("a2d_core.stages.evaluate:work", call, processes=processes)
 
 
@@ -91,16 +93,17 @@ def work(
     baseline_dir: str | None,
     pretrained_dir: str | None,
     source_dir: str | None,
+    objective: str | None,
     champion: dict[str, float] | None,
 ) -> Row:
     """What each process does; the first one writes."""
     started = time.perf_counter()
     config, sampler = build(EvaluateConfig, evaluate, "evaluate"), build(SampleConfig, sample, "sample")
-    parts = suites.parts(config, sampler, (checks.read_spec(model_dir) or {})["objective"])
+    parts = suites.parts(config, sampler, objective or (checks.read_spec(model_dir) or {})["objective"])
     points = samplers(config.frontier, sampler)
     with PartialState().main_process_first(), _runs_programs(config):  # the others find what the first has cached
         loaded = [tasks.load(part.evaluate) for part in parts]
-    model = models.load(model_dir)
+    model = models.load(model_dir, objective=objective)
     rows_BL = perplexity.rows_of_text(config, model, seed) if config.text_dataset else None
     bytes_B = None if rows_BL is None else perplexity.byte_counts(model.tokenizer, rows_BL)
     results, nats_B = _score(config, parts, loaded, model, rows_BL, seed)
@@ -109,10 +112,12 @@ def work(
     del model
     baseline: tuple[list[Row] | None, Tensor | None] = (None, None)
     if baseline_dir is not None:
-        baseline = _score(config, parts, loaded, models.load(baseline_dir), rows_BL, seed)
+        baseline = _score(config, parts, loaded, models.load(baseline_dir, objective=objective), rows_BL, seed)
     summary: Row = {"tasks": summarise(parts, results, baseline[0], champion), "text": None}
     if rows_BL is not None and nats_B is not None and bytes_B is not None:
-        pretrained_B = None if pretrained_dir is None else perplexity.nelbo(config, models.load(pretrained_dir), rows_BL, seed)
+        pretrained_B = (
+            None if pretrained_dir is None else perplexity.nelbo(config, models.load(pretrained_dir, objective=objective), rows_BL, seed)
+        )
         ar_B = None if source_dir is None else perplexity.autoregressive(source_dir, rows_BL, device)
         tokens = rows_BL[:, 1:].numel()
         summary["text"] = perplexity.summary(nats_B, bytes_B, tokens, ar_B=ar_B, pretrained=pretrained_B, baseline=baseline[1])

@@ -26,6 +26,7 @@ def run(
     strategy: str = "ddp",
     nodes: launch.Nodes = launch.ONE_NODE,
     resume_from: str | None = None,
+    objective: str | None = None,
 ) -> dict[str, Any]:
     """Train on `config.dataset`; write `metrics.jsonl`, `checkpoint-N` and `checkpoint-final` below `output_dir`.
 
@@ -35,7 +36,16 @@ def run(
     dropped for which reason.
     """
     return training.run(
-        "pretrain", config, model_dir, output_dir, seed=seed, processes=processes, strategy=strategy, nodes=nodes, resume_from=resume_from
+        "pretrain",
+        config,
+        model_dir,
+        output_dir,
+        seed=seed,
+        processes=processes,
+        strategy=strategy,
+        nodes=nodes,
+        resume_from=resume_from,
+        objective=objective,
     )
 
 

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from a2d_core import checkpoints, launch
+from a2d_core import checkpoints, launch, registry
 from a2d_core.config import TrainConfig, build, require, to_dict
 from a2d_core.stages import checks
 
@@ -19,10 +19,11 @@ def run(
     output_dir: str | Path,
     *,
     seed: int,
-    processes: int,
-    strategy: str,
-    nodes: launch.Nodes,
-    resume_from: str | None,
+    processes: int = 1,
+    strategy: str = "ddp",
+    nodes: launch.Nodes = launch.ONE_NODE,
+    resume_from: str | None = None,
+    objective: str | None = None,
 ) -> dict[str, Any]:
     """Train in each of `processes` processes on the rows that the stage's module prepares; return what the first one returns."""
     if resume_from:
@@ -35,12 +36,16 @@ def run(
         "output_dir": str(output_dir),
         "seed": seed,
         "resume_from": resume_from,
+        "objective": objective,
     }
     with checks.memory_advice(stage, config):
-        return launch.run("a2d_core.stages.training:work", call, processes=processes, strategy=strategy, nodes=nodes)
+        facts = launch.run("a2d_core.stages.training:work", call, processes=processes, strategy=strategy, nodes=nodes)
+    return {**facts, "weights_sha256": registry.digest(Path(output_dir, "checkpoint-final"))} if nodes.rank == 0 else facts
 
 
-def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, seed: int, resume_from: str | None) -> dict[str, Any]:
+def work(
+    stage: str, values: dict[str, Any], model_dir: str, output_dir: str, seed: int, resume_from: str | None, objective: str | None
+) -> dict[str, Any]:
     """What each process does; `prepare` of the stage's module makes the rows, and says how they are filled."""
     import torch
     from accelerate import PartialState
@@ -54,7 +59,7 @@ def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, se
         f"{stage}.lora_rank={config.lora_rank} does not fit strategy fsdp2: adapters are small, and ddp or zero2 trains them",
     )
     dtype = None if config.lora_rank else torch.float32  # frozen weights may stay as they are
-    model = models.load(model_dir, dtype=dtype, device="cpu" if is_sharded else None)  # a GPU gets its own part alone
+    model = models.load(model_dir, objective=objective, dtype=dtype, device="cpu" if is_sharded else None)  # a GPU gets its own part alone
     trainer.check_fits(model, config)
     with PartialState().main_process_first():  # the others find what the first has cached
         train_rows, eval_rows, fill, facts = import_module(f"a2d_core.stages.{stage}").prepare(config, model, seed)
@@ -63,5 +68,5 @@ def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, se
     metrics = trainer.fit(
         model, config, train_rows, held_out, collate, output_dir, stage=stage, seed=seed, fill=fill, resume_from=resume_from
     )
-    sizes = {"train_rows": len(train_rows)} if not config.streaming else {}  # a stream has no length
+    sizes = {"train_rows": len(train_rows), "data_digest": data.digest(train_rows)} if not config.streaming else {}  # a stream has no end
     return {**sizes, "eval_rows": len(held_out), **facts, **metrics}

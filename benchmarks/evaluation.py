@@ -1,0 +1,175 @@
+"""Cost of evaluation: likelihoods of the answers to multiple-choice questions, and generation, against the plain methods.
+
+    python benchmarks/evaluation.py [--quick]
+
+Likelihood: the plain method scores one request at a time, whose noised samples are batched, as the evaluations that come with
+published checkpoints do: each sample with its own clean copy ([x_t | x_0], for block diffusion), and logits at every noised
+position. Ours batches requests, shares the clean stream among samples (and the context among short answers), runs the head at
+masked positions, and sums short answers and blocks over all masks. All else takes the same draws in both, the number n of
+masked tokens uniform, stratified, weighted by M / n; the ratio is that of the times to an equal standard error. `endings`: four
+answers of 8 to 32 tokens after 60 to 100 (HellaSwag); `letters`: four single tokens after 200 (MMLU), for which one sample is
+exact. Random weights, blocks of 32, Qwen3's vocabulary (and a small one). Generation: answers that end at random, 60 tokens on
+average, from prompts of 100 to 200: in fixed batches, one after the other, and through one queue, which refills the rows of those
+that have ended. Times are the CPU's, so that what else runs there counts little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lm_eval.api.instance import Instance
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from a2d_core import embedded, noise, scoring
+from a2d_core.harness import DiffusionLM
+from a2d_core.models import DiffusionModel, Spec
+from a2d_core.scoring import Answer, Scorer
+
+BLOCK, SAMPLES, CHOICES = 32, 8, 4
+SHAPE = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+
+
+def build(objective: str, vocabulary: int) -> DiffusionModel:
+    """A random Qwen3 as a diffusion model."""
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=vocabulary, max_position_embeddings=2048, intermediate_size=768, tie_word_embeddings=True, **SHAPE)
+    network = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        network.model.embed_tokens.weight.mul_(4)  # logits that differ, so that there is an error to measure
+    return DiffusionModel(network, embedded.build_tokenizer(), Spec(objective, BLOCK, vocabulary - 1)).eval()
+
+
+def ask(kind: str, vocabulary: int, count: int) -> list[list[Answer]]:
+    """Questions of random tokens."""
+    generator = torch.Generator().manual_seed(1)
+
+    def tokens(least: int, most: int) -> tuple[int, ...]:
+        length = int(torch.randint(least, most + 1, (), generator=generator))
+        return tuple(torch.randint(0, vocabulary - 1, (length,), generator=generator).tolist())
+
+    contexts = [tokens(60, 100) if kind == "endings" else tokens(200, 200) for _ in range(count)]
+    return [[Answer(context, tokens(8, 32) if kind == "endings" else tokens(1, 1)) for _ in range(CHOICES)] for context in contexts]
+
+
+@torch.no_grad()
+def plain(model: DiffusionModel, answer: Answer, samples: int, row: int) -> torch.Tensor:
+    """nats_K of one request, its samples in one batch."""
+    ids, begin = torch.tensor([[*answer.context, *answer.tokens]]), len(answer.context)
+    length = ids.shape[1]
+    position, block = torch.arange(length), model.objective.block_of(torch.arange(length))
+    first, _ = model.objective.span(begin, length)
+    is_masked, weight = torch.zeros(samples, length, dtype=torch.bool), torch.zeros(samples, length)
+    drawn = noise.draw_fixed_count_mask(
+        0, torch.tensor([row]), (block - block[begin])[None, first:], position[None, first:] >= begin, samples=samples
+    )
+    is_masked[:, first:], weight[:, first:] = drawn[0][:, 0], drawn[1][:, 0]
+    noised = torch.where(is_masked, model.spec.mask_token_id, ids)
+    if model.objective.block_size is None:
+        see, inputs, positions = torch.ones(length, length, dtype=torch.bool), noised, position
+    else:
+        positions, both, is_noised = position.repeat(2), block.repeat(2), torch.arange(2 * length) < length
+        same = is_noised[:, None] & is_noised & (both[:, None] == both)
+        see = same | ~is_noised & torch.where(is_noised[:, None], both < both[:, None], both <= both[:, None])
+        inputs = torch.cat([noised, ids.expand(samples, -1)], 1)
+    output = model.network.base_model(
+        input_ids=inputs, attention_mask=see.expand(samples, 1, -1, -1), position_ids=positions.expand(samples, -1), use_cache=False
+    )
+    logits = model.network.lm_head(output.last_hidden_state[:, :length]).float()
+    logits[..., model.spec.mask_token_id] = -torch.inf
+    ce = F.cross_entropy(logits.flatten(0, 1), ids.expand(samples, -1).flatten(), reduction="none").view(samples, length)
+    return (ce * weight * is_masked).sum(1)
+
+
+def measure(objective: str, kind: str, vocabulary: int, count: int, repeats: int) -> dict[str, Any]:
+    """Requests per second of both methods, in turn, their standard errors, and the ratio of the times to an equal one."""
+    model, questions = build(objective, vocabulary), ask(kind, vocabulary, count)
+    samples = SAMPLES if kind == "endings" else 1
+    scorer = Scorer(model, samples=samples, max_samples=samples)
+    requests = [(answer, scoring.noise_number(question, 0)) for question in questions for answer in question]
+
+    def one_at_a_time() -> list[tuple[float, float]]:
+        found = [plain(model, answer, samples, row) for answer, row in requests]
+        return [(-float(nats.mean()), float(nats.std() / samples**0.5) if samples > 1 else 0.0) for nats in found]
+
+    def ours() -> list[tuple[float, float]]:
+        return [(score.nats, score.stderr) for scores in scorer.score(questions) for score in scores]
+
+    times, found = in_turn({"plain": one_at_a_time, "ours": ours}, repeats)
+    (nats, errors), (our_nats, our_errors) = (torch.tensor(found[name]).unbind(1) for name in ("plain", "ours"))
+    assert ((nats - our_nats).abs() <= 2 * errors + 1e-2 * nats.abs()).all(), "the methods disagree"
+    equal = float(errors.square().mean() / our_errors.square().mean()) if our_errors.any() else 1.0
+    speed = {name: len(requests) / seconds for name, seconds in times.items()}
+    stderr = {"plain_stderr": float(errors.mean()), "ours_stderr": float(our_errors.mean())}
+    return {**speed, **stderr, "ratio": speed["ours"] / speed["plain"] * equal}
+
+
+def in_turn(methods: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Median CPU seconds of each method, run in turn after one warm-up, and what it returned."""
+    results = {name: method() for name, method in methods.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for name in [*methods] * repeats:
+        start = time.process_time()
+        methods[name]()
+        seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}, results
+
+
+def measure_generation(count: int, batch_size: int, repeats: int) -> dict[str, Any]:
+    """Tokens per second in fixed batches and through one queue."""
+    tokenizer = embedded.build_tokenizer()
+    model = build("bd3lm", len(tokenizer) + 1)
+    for token in b"xyz":  # of 262 tokens that are all alike, four end an answer
+        model.stop_at(token)
+    model.objective = type(model.objective)(8, model.spec.mask_token_id)
+    generator = torch.Generator().manual_seed(2)
+    prompts = ["a" * int(torch.randint(100, 200, (), generator=generator)) for _ in range(count)]
+    requests = [Instance("generate_until", {}, (f"{i:03} {prompt}", {"max_gen_toks": 256}), i) for i, prompt in enumerate(prompts)]
+    lm = DiffusionLM(model, temperature=1.0, batch_size=batch_size)
+
+    def fixed() -> int:
+        batches = [requests[start : start + batch_size] for start in range(0, count, batch_size)]
+        return sum(len(text) for batch in batches for text in lm.generate_until(batch, disable_tqdm=True))
+
+    def queue() -> int:
+        return sum(map(len, lm.generate_until(requests, disable_tqdm=True)))
+
+    times, tokens = in_turn({"fixed batches": fixed, "one queue": queue}, repeats)
+    speed = {name: tokens[name] / times[name] for name in times}
+    return {**speed, "ratio": speed["one queue"] / speed["fixed batches"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer questions, one repetition: under 5 minutes")
+    options = parser.parse_args()
+    count, repeats = (2, 1) if options.quick else (8, 3)
+    print(f"{'objective':<10}{'questions':<10}{'vocabulary':>11}  {'method':<7}{'requests/s':>11}{'stderr':>9}{'ratio':>8}")
+    ratios = {}
+    for objective in ("bd3lm", "mdlm"):
+        for kind in ("endings", "letters"):
+            for vocabulary in (2048, 151936):
+                found = measure(objective, kind, vocabulary, count, repeats)
+                ratios[objective, kind, vocabulary] = found["ratio"]
+                for name in ("plain", "ours"):
+                    ratio = found["ratio"] if name == "ours" else 1
+                    print(f"{objective:<10}{kind:<10}{vocabulary:>11,}  {name:<7}{found[name]:>11.2f}{found[name + '_stderr']:>9.3f}{ratio:>7.1f}x", flush=True)  # fmt: skip  # noqa: E501
+    found = measure_generation(16 if options.quick else 64, 8, repeats)
+    print(f"\ngeneration, tokens/s: fixed batches {found['fixed batches']:.0f}, one queue {found['one queue']:.0f}")
+    worst = {
+        objective: min(ratio for (name, _, size), ratio in ratios.items() if name == objective and size > 2048)
+        for objective in ("bd3lm", "mdlm")
+    }
+    result = {"likelihood_requests": min(worst.values()), **{f"likelihood_requests_{name}": value for name, value in worst.items()}}
+    print("the worst of the cells with Qwen3's vocabulary:")
+    print(json.dumps({"ratios": {name: round(value, 2) for name, value in {**result, "generation": found["ratio"]}.items()}}))
+
+
+if __name__ == "__main__":
+    main()
