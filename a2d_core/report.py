@@ -230,6 +230,11 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
 
 
+def unbroken(cell: str) -> str:
+    """A cell of a table whose error stays on the line of its number."""
+    return cell.replace(" ± ", "\u00a0±\u00a0").replace(" to ", "\u00a0to\u00a0") if cell[:1] in "-0123456789" else cell
+
+
 def ratio(above: float | None, below: float | None) -> str:
     """A quotient with two decimals."""
     return "–" if above is None or not below else f"{above / below:.2f}"
@@ -281,10 +286,9 @@ def html(title: str, blocks: Sequence[Block]) -> str:
             tag = f"h{block.level}" if block.level else "p"
             parts.append(f"<{tag}>{escape.escape(block.text)}</{tag}>")
         elif isinstance(block, Table):
-            head, *rows = (
-                "".join(f"<{t}>{escape.escape(c)}</{t}>" for c in row) for t, row in (("th", block.head), *(("td", r) for r in block.rows))
-            )
-            parts.append(f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in (head, *rows))}</table></div>')
+            head = "".join(f"<th>{escape.escape(cell)}</th>" for cell in block.head)
+            rows = ["".join(f"<td>{escape.escape(unbroken(cell))}</td>" for cell in row) for row in block.rows]
+            parts.append(f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in [head, *rows])}</table></div>')
         else:
             data = base64.b64encode(block.png).decode()
             parts.append(

@@ -97,7 +97,7 @@ def show_evaluation(card: Any, recipe: Recipe, blocks: Sequence[report.Block] | 
         return
     for block in blocks:
         if isinstance(block, report.Table):
-            card.append(Table([list(row) for row in block.rows], headers=list(block.head)))
+            card.append(Table([list(map(report.unbroken, row)) for row in block.rows], headers=list(block.head)))
         elif isinstance(block, report.Image):
             card.append(Image(block.png, label=block.caption))
         else:
