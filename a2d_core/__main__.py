@@ -15,6 +15,7 @@ import ast
 import dataclasses
 import json
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -22,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import commands, launch, tracking
-from a2d_core.config import OBJECTIVES, Recipe, UserError, describe
+from a2d_core.config import OBJECTIVES, Recipe, StoppedError, UserError, describe
 from a2d_core.stages import checks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 2 for the user's mistakes, 1 for what else failed and is explained."""
+    """Run one command; return the exit code: 0; 2 for the user's mistakes, 143 after SIGTERM, 1 for what else failed and is explained."""
     args = parser().parse_args(arguments)
     tracking.quiet()
     launch.calm_threads()
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        return 128 + signal.SIGTERM
     except (checks.MemoryFullError, launch.WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -63,15 +67,32 @@ def parser() -> argparse.ArgumentParser:
         _model(train)
         train.add_argument("--dataset", help="Hub id, file (txt, jsonl, parquet), directory, or 'embedded:...' (default: the preset's)")
         train.add_argument("--processes", type=int, metavar="N", help="processes on this machine, one per GPU (default: the preset's)")
+        train.add_argument("--strategy", help="how they share the training: ddp, fsdp2, zero2, or an accelerate configuration (.yaml)")
+        train.add_argument("--nodes", type=int, default=1, metavar="M", help="machines, each of which runs this command (default: 1)")
+        train.add_argument("--node-rank", type=int, default=0, metavar="R", help="number of this machine, from 0; the only thing to differ")
+        train.add_argument("--main-address", metavar="HOST:PORT", help="where the nodes meet: node 0 and a free port there")
         train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output-dir")
 
-    sample = _command(group, "sample", "generate from a fixed set of prompts", commands.sample)
+    sample = _command(group, "sample", "generate from a fixed set of prompts", commands.sample, writes=False)
     _model(sample)
     asked = sample.add_mutually_exclusive_group()
     asked.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; give it again for more (default: the preset's)")
     asked.add_argument(
-        "--prompts", type=Path, metavar="FILE", help='prompts, one a line: plain text, or .jsonl with texts or {"prompt": ...}'
+        "--prompts", type=Path, metavar="FILE",
+        help='prompts, one a line: plain text, or .jsonl with {"prompt": ...} or {"messages": [...]}, whose other fields are kept',
+    )  # fmt: skip
+    place = sample.add_mutually_exclusive_group(required=True)
+    place.add_argument("--output-dir", metavar="DIR", help="where samples.jsonl goes: a new or empty directory")
+    place.add_argument("--output", type=Path, metavar="FILE", help="or the file itself, with the ending .jsonl")
+    sample.add_argument("--resume", action="store_true", help="go on: prompts whose answers are in the output are skipped")
+    sample.add_argument("--overwrite", action="store_true", help="replace the earlier output")
+    sample.add_argument(
+        "--infill", action="store_true", help="fill the gaps <mask:5> (five tokens) or <mask:2-8> (two to eight) of the prompts"
     )
+    sample.add_argument(
+        "--animate", type=Path, metavar="FILE", help="write a page (.html) that replays how the first prompts were answered"
+    )
+    _mlflow(sample)
 
     chat = _command(group, "chat", "talk to a model; in a pipe, one line in is one answer out", commands.chat, writes=False)
     _model(chat)
@@ -81,14 +102,41 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--forget", action="store_true", help="answer each question by itself (for models tuned on single questions, as the tiny one is)"
     )
+    chat.add_argument("--system", default="", metavar="TEXT", help="system prompt: what the model is told before the conversation")
+    chat.add_argument(
+        "--pace", type=float, default=0.0, metavar="SECONDS", help="show each evaluation for so long, to watch a fast model (terminal)"
+    )
 
     evaluate = _command(group, "evaluate", "score on lm-evaluation-harness tasks, and the NELBO of held-out text", commands.evaluate)
-    _model(evaluate)
+    _model(evaluate, required=False)
     evaluate.add_argument("--tasks", metavar="A,B", help="task or group names of lm-eval (default: the preset's)")
+    evaluate.add_argument("--suite", metavar="NAME", help="tasks with their own shots and samplers: see 'suites', or a .toml file")
+    evaluate.add_argument("--perplexity", metavar="FILE|DATASET", help="score all of this text; without --tasks or --suite it alone")
+    evaluate.add_argument(
+        "--frontier", action="append", metavar="FIELD=A,B", help="try samplers too: threshold=0.5,0.9, steps_per_block=1,2; repeat at will"
+    )
+    evaluate.add_argument("--repeat", metavar="RUN_ID", help="run this evaluation of MLflow (--mlflow URI) again, and compare to the bit")
+    evaluate.add_argument("--champion", metavar="NAME", help="compare with the champion of this registered model (with --mlflow)")
     evaluate.add_argument("--dataset", help="held-out text: Hub id, file, directory, 'embedded:corpus', or 'none' (default: the preset's)")
     evaluate.add_argument("--baseline", metavar="DIR", help="score this checkpoint too, for comparison: the converted one, say")
     evaluate.add_argument("--processes", type=int, metavar="N", help="processes on this machine, one per GPU (default: the preset's)")
     evaluate.add_argument("--source", metavar="DIR", help="the autoregressive model, for its own loss on the same text")
+
+    export = group.add_parser(
+        "export", help="write a checkpoint in the published A2D format", description="Write a checkpoint in the published A2D format."
+    )
+    _model(export)
+    export.add_argument("--format", choices=("a2d",), default="a2d", help="a2d: model types a2d-qwen2, a2d-qwen3 and a2d-llama (default)")
+    _output(export)
+    export.set_defaults(run=commands.export)
+
+    merge = group.add_parser(
+        "merge", help="merge LoRA adapters into their model", description="Merge LoRA adapters into the model they were trained on."
+    )
+    merge.add_argument("--model", required=True, metavar="DIR", help="adapters: OUTPUT_DIR/adapter of a training, or its checkpoint-N")
+    merge.add_argument("--base", metavar="DIR", help="where the model that they were trained on is now, if it was moved")
+    _output(merge)
+    merge.set_defaults(run=commands.merge)
 
     lm_eval = group.add_parser(  # whatever follows is lm-eval's own
         "lm-eval", help="the command lm_eval, with the models a2d_mdlm and a2d_bd3lm", prefix_chars="\0", add_help=False
@@ -96,15 +144,46 @@ def parser() -> argparse.ArgumentParser:
     lm_eval.add_argument("arguments", nargs="*")
     lm_eval.set_defaults(run=commands.lm_eval)
 
-    plan = group.add_parser(
-        "plan", help="print a resolved recipe as JSON, and run nothing", description="Print a resolved recipe, and run nothing."
-    )
+    _registry(group)
+
+    what = "print a resolved recipe, what it would cost and what it would register, and run nothing"
+    plan = group.add_parser("plan", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    plan.add_argument("--json", action="store_true", help="one JSON object with the keys recipe and cost")
     plan.add_argument("--objective", choices=OBJECTIVES, default="bd3lm", help="default: bd3lm")
     _recipe_options(plan, "stage.field=value")
     plan.set_defaults(run=commands.plan)
     listing = group.add_parser("presets", help="list the presets", description="List the presets.")
     listing.set_defaults(run=commands.list_presets)
+    listed = group.add_parser("suites", help="list the suites of evaluate, or what is in one", description="List the suites.")
+    listed.add_argument("name", nargs="?", metavar="NAME", help="show the entries of this one")
+    listed.add_argument("--objective", choices=OBJECTIVES, default="bd3lm", help="default: bd3lm")
+    listed.set_defaults(run=commands.list_suites)
     return top
+
+
+def _registry(group: Any) -> None:
+    what = "review the candidate of a registered model, and decide on it"
+    registry = group.add_parser("registry", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    verbs = registry.add_subparsers(title="what to do", metavar="VERB", required=True)
+    for verb, meaning in {
+        "review": "show the candidate against the champion: scores, samples, lineage, configuration",
+        "approve": "approve a version",
+        "reject": "reject a version; it is a candidate no more",
+        "promote": "make an approved version that passed its gate the champion",
+        "rollback": "give the alias champion back to the version that had it before",
+    }.items():
+        command = verbs.add_parser(verb, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.")
+        command.add_argument("name", metavar="NAME", help="name of the registered model")
+        command.add_argument("--mlflow", metavar="URI", help="where MLflow is (default: MLFLOW_TRACKING_URI, or ./mlflow.db)")
+        if verb != "rollback":
+            command.add_argument("--version", metavar="N", default="candidate", help="version, by number or alias (default: candidate)")
+        if verb == "review":
+            command.add_argument("--json", action="store_true", help="print JSON")
+        else:
+            command.add_argument("--why", metavar="TEXT", required=verb == "reject", help="the reason, which is recorded")
+        if verb == "promote":
+            command.add_argument("--force", action="store_true", help="promote against the review or the gate; needs --why")
+        command.set_defaults(run=commands.registry, verb=verb)
 
 
 def _command(group: Any, name: str, what: str, run: Any, writes: bool = True) -> argparse.ArgumentParser:
@@ -118,12 +197,15 @@ def _command(group: Any, name: str, what: str, run: Any, writes: bool = True) ->
     command.set_defaults(run=run, command=name, mlflow=None, resume=False, overwrite=False)
     _recipe_options(command, "field=value")
     if writes:
-        command.add_argument("--output-dir", required=True, metavar="DIR", help="where the result goes: a new or empty directory")
-        command.add_argument("--overwrite", action="store_true", help="replace the earlier output in --output-dir")
-        command.add_argument(
-            "--mlflow", nargs="?", const="", metavar="URI", help="track in MLflow (without URI: MLFLOW_TRACKING_URI, or ./mlflow.db)"
-        )
+        _output(command)
+        _mlflow(command)
     return command
+
+
+def _mlflow(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--mlflow", nargs="?", const="", metavar="URI", help="track in MLflow (without URI: MLFLOW_TRACKING_URI, or ./mlflow.db)"
+    )
 
 
 def _recipe_options(command: argparse.ArgumentParser, grammar: str) -> None:
@@ -136,11 +218,17 @@ def _recipe_options(command: argparse.ArgumentParser, grammar: str) -> None:
     command.add_argument("--seed", type=int, help="seed of everything random (default: the preset's, or 0)")
 
 
-def _model(command: argparse.ArgumentParser) -> None:
+def _output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output-dir", required=True, metavar="DIR", help="where the result goes: a new or empty directory")
+    command.add_argument("--overwrite", action="store_true", help="replace the earlier output in --output-dir")
+
+
+def _model(command: argparse.ArgumentParser, required: bool = True) -> None:
     command.add_argument(
-        "--model", required=True, metavar="DIR", help="diffusion checkpoint: a directory that convert, pretrain or sft has made"
-    )
-    command.add_argument("--objective", choices=OBJECTIVES, help="only for a model on the Hub; a directory says what it is")
+        "--model", required=required, metavar="DIR",
+        help="diffusion checkpoint: a directory that convert, pretrain or sft has made, or models:/NAME@ALIAS or models:/NAME/VERSION",
+    )  # fmt: skip
+    command.add_argument("--objective", choices=OBJECTIVES, help="only for a model that does not say it: on the Hub, or a published one")
 
 
 def _fields(command: str) -> str:
@@ -163,7 +251,9 @@ def _fields(command: str) -> str:
 def _type_name(annotation: str) -> str:
     """A type of config.py in plain words."""
     if annotation.startswith("Literal"):
-        return "one of " + ", ".join(ast.literal_eval(annotation.removeprefix("Literal")))
+        choices, _, other = annotation.removeprefix("Literal").partition("] | ")
+        listed = ", ".join(ast.literal_eval(choices.rstrip("]") + "]"))
+        return f"one of {listed}" + (f" or {_type_name(other)}" if other else "")
     words = {
         "int": "integer",
         "float": "number",
@@ -172,6 +262,7 @@ def _type_name(annotation: str) -> str:
         "None": "none",
         "tuple[str, ...]": "list of texts",
         "dict[str, str]": "table of texts",
+        "tuple[int, ...]": "list of integers",
     }
     return " or ".join(words[part] for part in annotation.split(" | "))
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from a2d_core import presets, tracking
-from a2d_core.config import STAGES, Recipe, TrackingConfig, UserError, build, parse_override, parse_sources, require, to_dict
+from a2d_core import launch, presets, strategies, suites, tracking
+from a2d_core.config import OBJECTIVES, STAGES, Recipe, TrackingConfig, build, parse_override, parse_sources, require, to_dict
 from a2d_core.follow import Follower
-from a2d_core.stages import checks
+from a2d_core.stages import checks, prompts
 
 USES = {
     "convert": ("convert",),
@@ -30,6 +32,10 @@ UNREAD = {
     "evaluate": {"sample.prompts": "the tasks bring their own", "evaluate.baseline": "use --baseline DIR"},
 }
 """Command -> the fields of its stages that it does not read, and why; `enabled` is one for every command."""
+SHOWN = 8
+"""Samples that are printed; the others are in the file."""
+LOGGED = ("answer", "tokens", "nfe", "seconds")
+"""Columns of the table of samples in MLflow, beside the prompt."""
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -49,14 +55,32 @@ def train(args: argparse.Namespace) -> None:
     """Pretrain or fine-tune."""
     stage = args.command
     recipe = _resolve_for_model(args, [_option(f"{stage}.dataset", args.dataset)])
-    config, processes = getattr(recipe, stage), args.processes or recipe.compute.train.processes
-    resume_from = checks.newest_checkpoint(args.output_dir) if args.resume else None
-    with _work(args, recipe, inputs=(args.model, *(source.ref for source in parse_sources(config.dataset)))) as output_dir:
+    config, compute = getattr(recipe, stage), recipe.compute.train
+    strategy = args.strategy or compute.strategy
+    strategies.file(strategy)
+    nodes = launch.Nodes(args.nodes, args.node_rank, args.main_address)
+    is_main = nodes.rank == 0  # it alone writes and tracks; the others hear from it where they see other checkpoints than it does
+    resume_from = checks.newest_checkpoint(args.output_dir, required=is_main) if args.resume else None
+    work = (
+        _work(args, recipe, inputs=(args.model, *(source.ref for source in parse_sources(config.dataset))))
+        if is_main
+        else nullcontext(Path(args.output_dir))
+    )
+    with work as output_dir:
         from a2d_core.stages import pretrain, sft
 
-        run = {"pretrain": pretrain.run, "sft": sft.run}[stage]
-        result = run(config, args.model, output_dir, seed=recipe.seed, processes=processes, resume_from=resume_from)
-        if args.mlflow is not None:
+        result = {"pretrain": pretrain.run, "sft": sft.run}[stage](
+            config,
+            args.model,
+            output_dir,
+            seed=recipe.seed,
+            processes=compute.processes if args.processes is None else args.processes,
+            strategy=strategy,
+            nodes=nodes,
+            resume_from=resume_from,
+            objective=recipe.objective,
+        )
+        if is_main and args.mlflow is not None:
             tracking.log_numbers(result)
     _tell(result)
     print(f"\nthe checkpoint is {output_dir}/checkpoint-final: try it with  python -m a2d_core chat --model {output_dir}/checkpoint-final")
@@ -64,36 +88,80 @@ def train(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """Generate, and print what came."""
-    prompts = _read_prompts(args.prompts) if args.prompts else args.prompt
-    recipe = _resolve_for_model(args, [_option("sample.prompts", prompts)])
-    with _work(args, recipe, inputs=(args.model, args.prompts)) as output_dir:
+    rows = prompts.read(args.prompts, infill=args.infill) if args.prompts else None
+    recipe = _resolve_for_model(args, [_option("sample.prompts", args.prompt)])
+    require(not (args.infill and args.animate), "--animate replays answers, not infills: leave out one of the two")
+    folder = args.animate.absolute().parent if args.animate else None
+    require(
+        folder is None or (args.animate.suffix == ".html" and folder.is_dir()),
+        f"--animate {args.animate}: give a file .html in a folder that exists",
+    )
+    output = args.output or Path(args.output_dir, "samples.jsonl")
+    require(output.suffix == ".jsonl", f"--output {output}: give a file with the ending .jsonl, or a directory with --output-dir")
+    require(
+        args.resume or args.overwrite or not output.exists(),
+        f"'{output}' is there already: go on from it with --resume, replace it with --overwrite, or choose another",
+    )
+    with _work(args, recipe, inputs=(args.model, args.prompts)):
         from a2d_core.stages import sample as stage
 
-        result = stage.run(recipe.sample, args.model, output_dir, seed=recipe.seed)
+        result = stage.run(
+            recipe.sample,
+            args.model,
+            output,
+            seed=recipe.seed,
+            rows=rows,
+            resume=args.resume,
+            infill=args.infill,
+            animate=args.animate,
+            objective=recipe.objective,
+        )
         if args.mlflow is not None:
-            tracking.log_samples(result["samples"])
-    for row in result["samples"]:
-        print(row["prompt"], f"  {row['completion']}", sep="\n")
-        print(f"  ({row['new_tokens']} tokens, {row['nfe']:g} evaluations, {row['tokens_per_second']:.0f} tokens/s)\n")
-    print(f"all of it is in {output_dir}/samples.jsonl")
+            tracking.log_samples([{"prompt": stage.text(row), **{n: row[n] for n in LOGGED}} for row in result["samples"]])
+    for row in result["samples"][:SHOWN]:
+        print(stage.text(row), f"  {row['answer']}", sep="\n")
+        print(f"  ({row['tokens']} tokens, {row['nfe']} evaluations, {row['seconds']:.2f} s)\n")
+    print(f"{result['answered']} prompts answered, {result['skipped']} skipped: all of it is in {output}")
+    if args.animate:
+        print(f"the replay is {args.animate}: open it in a browser")
 
 
 def chat(args: argparse.Namespace) -> None:
     """Talk to a model."""
     recipe = _resolve_for_model(args, [])
-    from a2d_core import chat as terminal
+    require(args.pace >= 0, f"--pace {args.pace}: give seconds, 0 or more")
+    from a2d_core import terminal
 
     with checks.memory_advice("sample", recipe.sample):
-        terminal.run(recipe.sample, args.model, raw=args.raw, forget=args.forget, seed=recipe.seed)
+        terminal.run(
+            recipe.sample,
+            args.model,
+            raw=args.raw,
+            forget=args.forget,
+            system=args.system,
+            pace=args.pace,
+            seed=recipe.seed,
+            objective=recipe.objective,
+            fixed={name.partition(".")[2]: why for name, why in UNREAD["chat"].items()} | {"enabled": "it is"},
+        )
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Score, and print the table."""
-    tasks = args.tasks.split(",") if args.tasks else None
+    """Score, and print the table; or repeat an evaluation, and compare."""
+    if args.repeat:
+        _repeat(args)
+        return
+    require(bool(args.model), "evaluate needs --model DIR (or --repeat RUN_ID, for an evaluation that MLflow has)")
+    _require_one_source_of_tasks(args)
+    tasks = args.tasks.split(",") if args.tasks else [] if args.perplexity and not args.suite else None
+    text = args.perplexity or args.dataset
     options = [
         _option("evaluate.tasks", tasks),
+        _option("evaluate.suite", args.suite),
+        _option("evaluate.frontier", args.frontier),
         _option("evaluate.baseline", bool(args.baseline)),
-        f"evaluate.text_dataset={args.dataset}" if args.dataset else None,
+        f"evaluate.text_dataset={text}" if text else None,
+        _option("evaluate.text_part", "all" if args.perplexity else None),
     ]
     recipe = _resolve_for_model(args, options)
     with _work(args, recipe, inputs=(args.model, args.baseline, args.source)) as output_dir:
@@ -108,15 +176,88 @@ def evaluate(args: argparse.Namespace) -> None:
             processes=recipe.compute.generate.processes if args.processes is None else args.processes,
             baseline_dir=args.baseline,
             source_dir=args.source,
+            objective=recipe.objective,
+            champion=tracking.champion_numbers(args.champion) if args.champion else None,
         )
         if args.mlflow is not None:
             tracking.log_evaluation(result, output_dir)
+    _tell_evaluation(result, output_dir)
+
+
+def _require_one_source_of_tasks(args: argparse.Namespace) -> None:
+    require(not (args.tasks and args.suite), f"--suite {args.suite} brings its own tasks: leave --tasks {args.tasks} out")
+    require(not (args.perplexity and args.dataset), "--perplexity and --dataset both name the text: give one of them")
+    require(not args.champion or args.mlflow is not None, "--champion NAME is looked up in MLflow: add --mlflow [URI]")
+
+
+def _repeat(args: argparse.Namespace) -> None:
+    """Run an evaluation of MLflow again, and say what differs; exit code 1 where the numbers do."""
+    uri = tracking.default_uri(TrackingConfig(uri=args.mlflow or None))
+    tracking.check_server(uri)
+    args.mlflow = None  # the repetition is compared, and not tracked
+    with tempfile.TemporaryDirectory() as folder:
+        earlier = tracking.fetch_evaluation(args.repeat, folder)
+        from a2d_core.stages import repeat
+
+        output_dir = checks.output_directory(args.output_dir, overwrite=args.overwrite, inputs=tuple(filter(None, [args.model])))
+        result, surroundings, outcome = repeat.run(earlier, output_dir, model_dir=args.model)
+    _tell_evaluation(result, output_dir)
+    for title, differences in (("settings, versions or weights differ", surroundings), ("results differ", outcome)):
+        if differences:
+            print(f"\n{title}:", *differences[:20], *([f"and {len(differences) - 20} more"] if len(differences) > 20 else []), sep="\n  ")
+    if outcome:
+        print(f"\nnot equal: {len(outcome)} numbers or answers of run {args.repeat} came out otherwise")
+        raise SystemExit(1)
+    print(f"\nequal: every number and every answer of run {args.repeat} came out again, to the last bit")
+
+
+def _tell_evaluation(result: dict[str, Any], output_dir: Path) -> None:
     for row in result["tasks"]:
-        aside = "".join(f", {name} {row[name]:.3f}" for name in ("chance", "baseline") if row[name] is not None)
-        print(f"{row['task']:<24} {row['metric']:<14} {row['value']:.3f} ± {row['stderr'] or 0:.3f} ({row['documents']} documents{aside})")
+        told = [(name, row[name]) for name in ("chance", "baseline", "champion", "published") if row[name] is not None]
+        aside = "".join(f", {name} {value:.3f}" for name, value in told) + (f", {row['failed']} failed" if row["failed"] else "")
+        name, stderr = row["entry"] or row["task"], row["stderr"] or 0
+        print(f"{name:<24} {row['metric']:<14} {row['value']:.3f} ± {stderr:.3f} ({row['documents']} documents{aside})")
+    for row in result["frontier"]:
+        pace = f"{row['tokens'] / row['evaluations']:.2f} tokens per evaluation" if row["evaluations"] else ""
+        print(f"{row['sampler']:<24} {row['task']:<24} {row['value']:.3f} ± {row['stderr'] or 0:.3f}  {pace}")
     if result["text"]:
         _tell(result["text"])
-    print(f"\nall of it is in {output_dir}/results.json")
+    print(f"\nall of it is in {output_dir}/results.json, and to look at in {output_dir}/report.html")
+
+
+def list_suites(args: argparse.Namespace) -> None:
+    """List the suites, or the entries of one."""
+    if not args.name:
+        for name in suites.names():
+            print(f"{name:<12} {textwrap.fill(suites.read(name, 'bd3lm').summary, 100, subsequent_indent=' ' * 13)}")
+        return
+    for entry in suites.read(args.name, args.objective).entries:
+        published = "" if entry.published is None else f"  published {entry.published:.3f}"
+        shots = "" if entry.num_fewshot is None else f"  {entry.num_fewshot} shots"
+        print(f"{entry.name:<18} {entry.task:<20} {entry.metric or '':<30}{shots}{published}")
+        for text in (json.dumps(entry.sample) if entry.sample else "the recipe's sampler", entry.note):
+            print(f"{'':<18} {text}" if text else "", end="\n" if text else "")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write a checkpoint in the published A2D format."""
+    output_dir = checks.output_directory(args.output_dir, overwrite=args.overwrite, inputs=(args.model,))
+    from a2d_core import models
+
+    models.load(args.model, objective=args.objective, device="cpu").export(output_dir)
+    print(f"{output_dir} is in the published A2D format")
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Merge LoRA adapters into the model that they were trained on."""
+    require((Path(args.model) / "adapter_config.json").is_file(), f"'{args.model}' holds no LoRA adapters: there is nothing to merge")
+    from a2d_core import models
+
+    model = models.load(args.model, base=args.base, device="cpu")
+    inputs = (args.model, *filter(None, [args.base]))
+    output_dir = checks.output_directory(args.output_dir, overwrite=args.overwrite, inputs=inputs)
+    model.save(output_dir)
+    print(f"the checkpoint is {output_dir}: try it with  python -m a2d_core chat --model {output_dir}")
 
 
 def lm_eval(args: argparse.Namespace) -> None:
@@ -130,9 +271,34 @@ def lm_eval(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Print a resolved recipe, which `--preset FILE.json` reads back."""
-    recipe = to_dict(presets.resolve(presets.read(args.preset), args.objective, args.overrides, args.seed))
-    print(json.dumps({key: value for key, value in recipe.items() if key != "objective"}, indent=2))
+    """Print a resolved recipe, which `--preset FILE.json` reads back, and then what it would cost."""
+    from a2d_core import plan as costs
+
+    recipe = presets.resolve(presets.read(args.preset), args.objective, args.overrides, args.seed)
+    plain = {key: value for key, value in to_dict(recipe).items() if key != "objective"}
+    cost = costs.estimate(recipe)
+    if args.json:
+        print(json.dumps({"recipe": plain, "cost": cost}, indent=2))
+    else:
+        print(json.dumps(plain, indent=2), costs.text(cost), sep="\n\n")
+
+
+def registry(args: argparse.Namespace) -> None:
+    """Review a version, or decide on it."""
+    from a2d_core import registry as models
+    from a2d_core import review
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    tracking.check_server(tracking.default_uri(TrackingConfig(uri=args.mlflow)))
+    if args.verb == "review":
+        found = review.build(models.read(args.name, args.version), models.champion(args.name))
+        print(json.dumps(found, indent=2) if args.json else review.text(found))
+    elif args.verb == "promote":
+        print(models.promote(args.name, args.version, force=args.force, why=args.why))
+    elif args.verb == "rollback":
+        print(models.rollback(args.name, args.why))
+    else:
+        print({"approve": models.approve, "reject": models.reject}[args.verb](args.name, args.version, args.why))
 
 
 def list_presets(args: argparse.Namespace) -> None:
@@ -176,6 +342,8 @@ def _complete(text: str, command: str) -> str:
 
 def _resolve_for_model(args: argparse.Namespace, options: Sequence[str | None]) -> Recipe:
     """The recipe for a checkpoint, whose directory tells the objective and the block size."""
+    if args.model.startswith("models:/"):
+        args.model = tracking.checkpoint_of(args.model, TrackingConfig(uri=args.mlflow or None))
     model = Path(args.model)
     spec = checks.read_spec(model)
     if spec is None:
@@ -185,7 +353,11 @@ def _resolve_for_model(args: argparse.Namespace, options: Sequence[str | None]) 
             bool(args.objective), f"there is no directory '{model}': give a checkpoint directory; for a model on the Hub, add --objective"
         )
         return _resolve(args, args.objective, options)
-    objective = spec["objective"]
+    objective = spec["objective"] or args.objective
+    require(
+        bool(objective),
+        f"'{model}' does not say what it was trained for: add --objective {' or --objective '.join(OBJECTIVES)}",
+    )
     require(
         args.objective in (None, objective),
         f"--objective {args.objective}: '{model}' is a checkpoint for {objective}, so leave the option out",
@@ -200,7 +372,11 @@ def _work(args: argparse.Namespace, recipe: Recipe, inputs: tuple[str | Path | N
     if args.mlflow is not None:
         uri = tracking.default_uri(TrackingConfig(uri=args.mlflow or None))
         tracking.check_server(uri)
-    output_dir = checks.output_directory(args.output_dir, resume=args.resume, overwrite=args.overwrite, inputs=tuple(filter(None, inputs)))
+    if getattr(args, "output", None) is None:
+        given = {"resume": args.resume, "overwrite": args.overwrite, "inputs": tuple(filter(None, inputs))}
+        output_dir = checks.output_directory(args.output_dir, **given)
+    else:
+        output_dir = checks.output_directory(args.output.parent, resume=True)
     with checks.memory_advice(stage, getattr(recipe, stage)):
         if args.mlflow is None:
             yield output_dir
@@ -212,19 +388,6 @@ def _work(args: argparse.Namespace, recipe: Recipe, inputs: tuple[str | Path | N
         ):
             yield output_dir
         tracking.finish(parent)
-
-
-def _read_prompts(path: Path) -> list[str]:
-    require(path.is_file(), f"there is no prompt file '{path}'")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if path.suffix == ".jsonl":
-        try:
-            rows = [json.loads(line) for line in lines]
-            lines = [row if isinstance(row, str) else row["prompt"] for row in rows]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: each line must be a JSON text or an object with the key 'prompt' ({error})") from None
-    require(bool(lines), f"'{path}' holds no prompts: write one a line")
-    return lines
 
 
 def _tell(result: dict[str, Any]) -> None:

@@ -22,11 +22,16 @@ from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 OBJECTIVES = ("mdlm", "bd3lm")
+STRATEGIES = ("ddp", "fsdp2", "zero2")
 T = TypeVar("T")
 
 
 class UserError(ValueError):
     """A mistake that the user can mend: the message names the value that was given and the remedy."""
+
+
+class StoppedError(RuntimeError):
+    """Training was told to stop, and has saved what it had: the message says how to go on."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -39,6 +44,15 @@ def check_objective(objective: str) -> str:
     """Return `objective`, or raise `UserError` where it is not one of `OBJECTIVES`."""
     require(objective in OBJECTIVES, f"unknown objective '{objective}': choose one of {', '.join(OBJECTIVES)}")
     return objective
+
+
+def check_strategy(strategy: str) -> str:
+    """Return `strategy`, or raise `UserError` where it is neither one of `STRATEGIES` nor named like a configuration file."""
+    require(
+        strategy in STRATEGIES or strategy.endswith((".yaml", ".yml", ".json")),
+        f"unknown strategy '{strategy}': choose one of {', '.join(STRATEGIES)}, or give the path of an accelerate configuration (.yaml)",
+    )
+    return strategy
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,8 @@ class ConvertConfig:
     """Precision of the saved weights; `auto` keeps that of the source."""
     trust_remote_code: bool = False
     """Run Python code that comes with a Hub model."""
+    allow_pickle: bool = False
+    """Read weights that are pickles, which can run code, where there are none in safetensors."""
 
     def __post_init__(self) -> None:
         require(self.block_size >= 1, f"convert.block_size must be at least 1, not {self.block_size}")
@@ -174,6 +190,8 @@ class TrainConfig:
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm where it is larger."""
+    explode_factor: float = 1000.0
+    """Stop where the gradient's norm exceeds both max_grad_norm and the median of the logged norms this many times; 0 never does."""
     adam_beta2: float = 0.999
     """Second-moment decay of AdamW."""
     views: int = 1
@@ -198,6 +216,14 @@ class TrainConfig:
     """Attention kernels; `auto` is FlexAttention on CUDA, which skips what nobody sees, and else the model's own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the network's layers with torch.compile, which takes a minute at first; it needs a C++ compiler."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on the linear layers, with all else frozen but the mask token's embedding; 0 trains all weights."""
+    lora_alpha: float = 32.0
+    """The adapters' output is scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the linear layers that get adapters, such as q_proj; empty: all of them but the output embedding."""
     eval_every: float = 0.1
     """Evaluate after this fraction of the steps (1 or more: after so many steps)."""
     save_every: float = 0.1
@@ -225,6 +251,7 @@ class TrainConfig:
         require(self.max_steps == -1 or self.max_steps >= 1, f"max_steps must be -1 (use epochs) or at least 1, not {self.max_steps}")
         require(self.epochs > 0, f"epochs must be above 0, not {self.epochs}")
         require(self.learning_rate > 0, f"learning_rate must be above 0, not {self.learning_rate}")
+        require(self.explode_factor >= 0, f"explode_factor must be 0 (let every finite norm pass) or above, not {self.explode_factor}")
         require(0 <= self.warmup_ratio < 1, f"warmup_ratio must lie in [0, 1), not {self.warmup_ratio}")
         require(0 < self.eval_fraction < 1, f"eval_fraction must lie in (0, 1), not {self.eval_fraction}")
         require(0 < self.t_min < self.t_max <= 1, f"0 < t_min < t_max <= 1 must hold, not t_min={self.t_min}, t_max={self.t_max}")
@@ -233,7 +260,9 @@ class TrainConfig:
             f"complementary=true pairs the times t and 1 - t: it needs an even number of views, not {self.views}, "
             f"schedule=linear, not {self.schedule}, and t_max=1, not {self.t_max}",
         )
-        for name in ("eval_every", "save_every"):
+        require(self.lora_rank >= 0, f"lora_rank must be 0 (train all weights) or more, not {self.lora_rank}")
+        require(self.lora_rank > 0 or not self.lora_targets, "lora_targets needs LoRA adapters: set lora_rank to 16, say")
+        for name in ("eval_every", "save_every", "lora_alpha"):
             require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
         require(
             (self.prompt_field is None) == (self.response_field is None),
@@ -253,31 +282,77 @@ class SampleConfig:
     """Put each prompt through the tokenizer's chat template as a user's message."""
     max_new_tokens: int = 128
     """Tokens to generate after the prompt, at most."""
+    min_new_tokens: int = 0
+    """No end-of-sequence token before so many new tokens."""
     steps_per_block: int | None = None
     """Network evaluations per block with a fixed number of tokens each; None reveals one token at a time."""
     block_size: int | None = None
     """mdlm: fill the canvas in blocks of this many tokens, left to right; None is one block. bd3lm: the checkpoint's own."""
-    policy: Literal["confidence", "random"] = "confidence"
-    """Which masked positions are revealed first."""
+    block_origin: Literal["document_start", "prompt_end"] | None = None
+    """bd3lm: blocks begin at the first token, or at the end of the prompt; None is the checkpoint's own (published ones: prompt_end)."""
+    policy: Literal["confidence", "margin", "entropy", "random"] = "confidence"
+    """What goes first: the highest probability, the widest margin between the best two tokens, the lowest entropy, or anything."""
     threshold: float | None = None
     """Also reveal every token whose probability reaches this; at least one token per evaluation is revealed."""
+    entropy_budget: float | None = None
+    """Also reveal, in the policy's order, what adds up to at most so many nats of entropy without the largest (arXiv 2505.24857)."""
+    remasking: float = 0.0
+    """Share of a block's revealed tokens that each evaluation masks again, the least confident first (arXiv 2503.00307)."""
+    guidance: float = 0.0
+    """mdlm: w of classifier-free guidance, (1 + w) logits - w (logits with the prompt masked); each evaluation counts twice."""
     temperature: float = 0.0
     """0 is greedy; above it, tokens are drawn from softmax(logits / temperature)."""
     top_p: float = 1.0
-    """Keep the most probable tokens that make up this much of the probability."""
+    """Draw among the most probable tokens that make up this much of the probability."""
+    top_k: int | None = None
+    """Draw among so many of the most probable tokens."""
+    suppressed_tokens: tuple[int, ...] = ()
+    """Ids of tokens that are never produced; the mask token never is."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, which is cut before them."""
+    cache: Literal["exact", "prefix", "dual"] = "exact"
+    """mdlm: `prefix` and `dual` are APPROXIMATE: what lies before (or around) a block is computed once for it (arXiv 2505.22618)."""
     batch_size: int = 32
     """Prompts that are generated at once."""
+    cuda_graph: bool = False
+    """Pad to static shapes, and on CUDA replay each evaluation as a CUDA graph: faster where launching kernels is what takes time."""
 
     def __post_init__(self) -> None:
-        require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        require(
-            self.steps_per_block is None or self.steps_per_block >= 1, f"steps_per_block must be at least 1, not {self.steps_per_block}"
-        )
-        require(self.block_size is None or self.block_size >= 1, f"block_size must be at least 1, not {self.block_size}")
+        for name in ("max_new_tokens", "batch_size"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("steps_per_block", "block_size", "top_k"):
+            require(getattr(self, name) is None or getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("temperature", "guidance", "min_new_tokens"):
+            require(getattr(self, name) >= 0, f"{name} must be 0 or more, not {getattr(self, name)}")
         require(self.threshold is None or 0 < self.threshold <= 1, f"threshold must lie in (0, 1], not {self.threshold}")
-        require(self.temperature >= 0, f"temperature must be 0 or more, not {self.temperature}")
+        require(self.entropy_budget is None or self.entropy_budget >= 0, f"entropy_budget must be 0 or more, not {self.entropy_budget}")
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
-        require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
+        require(0 <= self.remasking < 1, f"remasking must lie in [0, 1), not {self.remasking}")
+        require("" not in self.stop, "stop must not hold an empty text: it would end every answer at once")
+        require(
+            self.threshold is None or self.entropy_budget is None,
+            f"threshold={self.threshold} and entropy_budget={self.entropy_budget} both say how many tokens to reveal: set one of them",
+        )
+        require(
+            self.remasking == 0 or (self.steps_per_block is not None and self.threshold is self.entropy_budget is None),
+            f"remasking={self.remasking} needs a fixed number of evaluations: set steps_per_block, but no threshold or entropy_budget",
+        )
+        require(
+            self.guidance == 0 or self.cache == "exact",
+            f"guidance={self.guidance} cannot go with cache={self.cache}: what is seen without the prompt is not cached. Set cache=exact",
+        )
+
+    def parameters(self) -> dict[str, Any]:
+        """What a single call may set otherwise, with 0 or "" for None: a served model's parameters have no null."""
+        unread = {"enabled", "prompts", "batch_size", "cuda_graph"}  # about the stage, and the machine
+        null = {"block_origin": ""}
+        return {name: null.get(name, 0) if value is None else value for name, value in vars(self).items() if name not in unread}
+
+    def with_parameters(self, given: dict[str, Any]) -> SampleConfig:
+        """This configuration with the parameters of a call; raises `UserError` where they are unknown or out of range."""
+        unset = {f.name for f in dataclasses.fields(self) if f.default is None}
+        changes = {name: None if name in unset and not value else value for name, value in given.items()}
+        return build(SampleConfig, {**to_dict(self), **changes}, "sample")
 
 
 @dataclass(frozen=True)
@@ -288,6 +363,10 @@ class EvaluateConfig:
     """Run this stage."""
     tasks: tuple[str, ...] = ("a2d_words",)
     """lm-evaluation-harness task or group names; `a2d_words` is the embedded set."""
+    suite: str | None = None
+    """A list of tasks with their own shots and samplers, in place of `tasks`: a name (see 'suites'), or a .toml file."""
+    frontier: tuple[str, ...] = ()
+    """Further samplers that the tasks are run with, such as threshold=0.5,0.9 or steps_per_block=1,2: quality against evaluations."""
     task_dirs: tuple[str, ...] = ()
     """Directories with further lm-eval task files."""
     datasets: dict[str, str] = field(default_factory=dict)
@@ -312,6 +391,8 @@ class EvaluateConfig:
     """Score the converted but untrained model too, for comparison."""
     text_dataset: str | None = "embedded:corpus"
     """Held-out text for the NELBO per token (as TrainConfig.dataset); None skips it."""
+    text_part: Literal["held_out", "all"] = "held_out"
+    """Score what is held out of `text_dataset`, or all of it."""
     text_config: str | None = None
     """Configuration (subset) name of a Hub `text_dataset`."""
     text_split: str | None = None
@@ -327,7 +408,9 @@ class EvaluateConfig:
     nelbo_samples: int = 8
     """Noise draws per row of the NELBO estimate."""
     code_execution: bool = False
-    """Run the code that a model writes (HumanEval, MBPP)."""
+    """Run the code that a model writes (HumanEval, MBPP), each program in a process of its own without network."""
+    code_isolation: Literal["namespaces", "process"] = "namespaces"
+    """What stands around such a program: Linux namespaces and limits, or, inside a container made for it, limits alone."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "batch_tokens", "text_rows", "nelbo_samples", "max_nelbo_samples"):
@@ -386,6 +469,8 @@ class StepCompute:
     """Disk in MiB, for checkpoints; None keeps the platform's default."""
     processes: int = 1
     """Training processes on the node: one per GPU."""
+    strategy: str = "ddp"
+    """How the processes share the training: ddp, fsdp2, zero2, or the path of an accelerate configuration."""
     retries: int = 0
     """How often a failed step is tried again."""
     minutes_between_retries: int = 2
@@ -402,6 +487,7 @@ class StepCompute:
             self.gpu == 0 or self.processes <= self.gpu,
             f"compute asks for {self.processes} processes on {self.gpu} GPUs: give each process a GPU of its own",
         )
+        check_strategy(self.strategy)
 
 
 @dataclass(frozen=True)
@@ -488,6 +574,10 @@ class Recipe:
         if not shared:
             return
         name = ", ".join(sorted(shared))
+        require(
+            scored.text_part == "held_out",
+            f"evaluate.text_part=all scores all of '{name}', which pretrain.dataset trains on: give another evaluate.text_dataset",
+        )
         require(
             {source for source in ours if source[0] in shared} <= theirs,
             f"evaluate.text_dataset reads '{name}' with another config, split or filter than pretrain.dataset: "

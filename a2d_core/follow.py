@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from a2d_core import checkpoints
 from a2d_core.config import UserError
 
 Row = dict[str, Any]
@@ -134,18 +135,19 @@ class Follower:
 
     def _keep(self) -> None:
         """Hand over the newest complete checkpoint, where it is new."""
-        found = {int(path.name.removeprefix("checkpoint-")): path for path in self._output_dir.glob("checkpoint-*[0-9]")}
-        step = max((step for step, path in found.items() if step > self._kept and _is_complete(path)), default=None)
-        if self._on_checkpoint is None or step is None:
+        found = checkpoints.newest(self._output_dir, digests=False)
+        step = int(found.name.removeprefix("checkpoint-")) if found else 0
+        if self._on_checkpoint is None or found is None or step <= self._kept:
             return
         with tempfile.TemporaryDirectory(prefix="keep-", dir=self._output_dir.parent) as room:
-            copy = Path(room) / found[step].name
+            copy = Path(room) / found.name
             try:
-                shutil.copytree(found[step], copy, copy_function=_link)
+                shutil.copytree(found, copy, copy_function=_link)
             except (FileNotFoundError, shutil.Error):
-                if found[step].exists():
+                if checkpoints.damage(found, digests=False) is None:
                     raise
-                return  # the trainer has deleted it meanwhile, so there is a newer one to come
+            if checkpoints.damage(copy, digests=False):
+                return  # the trainer was deleting it meanwhile, so there is a newer one to come
             self._on_checkpoint(step, copy)
         self._kept = step
 
@@ -163,15 +165,6 @@ class Follower:
             if self._refused:
                 _say(f"MLflow answers again: {sent} numbers were sent")
             self._refused, self._refusals = None, 0
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether `trainer_state.json`, the file that is written last, is there and whole."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    return True
 
 
 def _link(source: str, target: str) -> None:

@@ -95,7 +95,7 @@ class DiffusionLM(TemplateLM):
         if isinstance(pretrained, DiffusionModel):
             self.model = pretrained.to(device) if device else pretrained
         else:
-            self.model = models.load(pretrained, device=device, trust_remote_code=trust_remote_code)
+            self.model = models.load(pretrained, objective=self.objective, device=device, trust_remote_code=trust_remote_code)
         found = self.model.spec.objective
         require(
             self.objective in (None, found),
@@ -107,6 +107,8 @@ class DiffusionLM(TemplateLM):
         self._special = {str(token): index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self.scores: dict[tuple[str | None, int | None, int], Score] = {}
         """The likelihoods with their standard errors, by the task, the document, and the place of the request in that."""
+        self.efforts: dict[tuple[str | None, int | None, int], dict[str, float]] = {}
+        """What generating took, by the same: `nfe`, `tokens` through the first that ends the answer, and what else the sampler says."""
         self._planned: list[Task] | None = None
         self._reads_greedy: set[str | None] | None = None
 
@@ -236,32 +238,45 @@ class DiffusionLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """An answer for each (context, generation_kwargs), cut before the first of its stop strings."""
         self._check_first(requests)
-        return launch.divide(requests, lambda part: self._generate(part, disable_tqdm))
+        answers = launch.divide(requests, lambda part: self._generate(part, disable_tqdm))
+        for request, (_, effort) in zip(requests, answers, strict=True):
+            self.efforts[request.task_name, request.doc_id, request.idx] = effort
+        return [text for text, _ in answers]
 
-    def _generate(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
+    def _generate(self, requests: list[Instance], disable_tqdm: bool) -> list[tuple[str, dict[str, float]]]:
         samplers = [self.sampler_for(request.args[1]) for request in requests]
         prompts = [self._prompt(request.args[0]) for request in requests]
         groups: dict[SampleConfig, list[int]] = defaultdict(list)
-        for row in sorted(range(len(requests)), key=lambda row: len(prompts[row])):
-            groups[samplers[row]].append(row)
-        texts = [""] * len(requests)
+        for row, sampler in enumerate(samplers):
+            groups[dataclasses.replace(sampler, max_new_tokens=1)].append(row)
+        answers: list[tuple[str, dict[str, float]]] = [("", {})] * len(requests)
         with tqdm(total=len(requests), desc="generating", unit="prompt", disable=self._hides(disable_tqdm)) as bar:
-            for sampler, rows in sorted(groups.items(), key=lambda group: group[0].max_new_tokens):
-                generator = torch.Generator(self.device).manual_seed(self.seed)
-                for batch in _batches(rows, sampler.batch_size):
-                    generations = sampling.generate(self.model, [prompts[row] for row in batch], sampler, generator=generator)
-                    for row, generation in zip(batch, generations, strict=True):
-                        texts[row] = self._cut(generation.tokens, requests[row].args[1].get("until") or [])
-                        self._remember("generate_until", requests[row].args, texts[row])
-                    bar.update(len(batch))
-        return texts
+            for group, rows in groups.items():
+                untils = [_listed(requests[row].args[1].get("until") or []) for row in rows]
+                finished = sampling.stream(
+                    self.model,
+                    [prompts[row] for row in rows],
+                    group,
+                    generator=torch.Generator(self.device).manual_seed(self.seed),
+                    max_new_tokens=[samplers[row].max_new_tokens for row in rows],
+                    stop=[[stop for stop in until if stop and stop not in self._special] for until in untils],
+                    evaluations=False,
+                )
+                for event in finished:
+                    if event.generation is not None:
+                        row = rows[event.prompt]
+                        text = self._cut(event.generation.tokens, untils[event.prompt], event.generation.text)
+                        answers[row] = text, _effort(event.generation)
+                        self._remember("generate_until", requests[row].args, text)
+                        bar.update()
+        return answers
 
-    def _cut(self, tokens: list[int], until: str | Sequence[str]) -> str:
+    def _cut(self, tokens: list[int], until: Sequence[str], text: str | None = None) -> str:
         """The text before the first stop string; a special token is found as a token, since it does not show in the text."""
-        until = [until] if isinstance(until, str) else until
         stop_ids = {self._special[stop] for stop in until if stop in self._special}
         end = next((place for place, token in enumerate(tokens) if token in stop_ids), len(tokens))
-        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        if text is None or end < len(tokens):
+            text = str(self.tokenizer.decode(tokens[:end], skip_special_tokens=True))
         for stop in filter(None, until):
             text = text.partition(stop)[0]
         return text
@@ -350,24 +365,19 @@ class DiffusionLM(TemplateLM):
         return disable_tqdm or not PartialState().is_main_process or None  # None: hidden where no person looks
 
     def _reproduced(self, pairs: list[Pair]) -> list[bool]:
-        """Whether the greedy sampler, asked for as many tokens, writes this continuation after its context."""
-        contexts: dict[int, dict[tuple[int, ...], list[int] | None]] = defaultdict(dict)
-        for context, continuation in pairs:
-            if continuation:
-                contexts[len(continuation)][tuple(context)] = None
+        """Whether the greedy sampler, asked for as many tokens, writes this continuation after its context.
+
+        A row is given up at the first token that is another one.
+        """
+        sampler = dataclasses.replace(self.sample, temperature=0.0, policy="confidence", stop=(), min_new_tokens=0)
         stop_ids = set(self.model.stop_token_ids)
-        for length, found in contexts.items():
-            sampler = dataclasses.replace(self.sample, temperature=0.0, policy="confidence", max_new_tokens=length)
-            generations = sampling.generate(self.model, list(found), sampler)
-            found.update((context, g.tokens) for context, g in zip(found, generations, strict=True))
-
-        def is_same(context: list[int], continuation: list[int]) -> bool:
-            if not continuation:
-                return True
-            ends = continuation[-1] in stop_ids  # a generation is trimmed before its stop token
-            return contexts[len(continuation)][tuple(context)] == (continuation[:-1] if ends else continuation)
-
-        return [is_same(context, continuation) for context, continuation in pairs]
+        asked = list(dict.fromkeys((tuple(context), tuple(continuation)) for context, continuation in pairs if continuation))
+        # A generation is trimmed before its stop token, whichever that is.
+        wanted = [continuation[:-1] if continuation[-1] in stop_ids else continuation for _, continuation in asked]
+        contexts, lengths = [context for context, _ in asked], [len(continuation) for _, continuation in asked]
+        found = sampling.generate(self.model, contexts, sampler, max_new_tokens=lengths, expected=wanted) if asked else []
+        is_same = {pair: tuple(g.tokens) == want for pair, g, want in zip(asked, found, wanted, strict=True)}
+        return [not continuation or is_same[tuple(context), tuple(continuation)] for context, continuation in pairs]
 
     def _require_room(self, context: int, answer: int) -> None:
         if self.max_length is not None and context + answer > self.max_length:
@@ -389,6 +399,14 @@ class BD3LM(DiffusionLM):
     """A block diffusion checkpoint (BD3LM) as a model of lm-eval."""
 
     objective = "bd3lm"
+
+
+def _listed(until: str | Sequence[str]) -> Sequence[str]:
+    return [until] if isinstance(until, str) else until
+
+
+def _effort(generation: sampling.Generation) -> dict[str, float]:
+    return {"tokens": len(generation.tokens) + generation.finished, "nfe": generation.nfe, "logprob": generation.logprob}
 
 
 def _batches(rows: list[int], size: int) -> Iterator[list[int]]:

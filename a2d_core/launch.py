@@ -4,11 +4,15 @@
 keyword arguments and returns its JSON-serialisable result. One process: here, in place, so that a
 debugger works. Several: one agent (`torch.distributed.run`) starts N workers on this machine, which
 meet on the loopback interface; each calls the function inside an initialised process group, and
-the result of rank 0 comes back through a file.
+the result of rank 0 comes back through a file. Several nodes: each calls `run` with the same arguments
+and its own rank, their workers meet at node 0's address, and the result of rank 0 comes back on all.
 
-What comes back from a failure is the failing rank's own message: a `UserError` as a `UserError`,
-anything else as a `WorkerError` with the traceback. SIGTERM and Ctrl-C reach the workers, and
-nothing survives its parent, however that one ends. Nothing heavy is imported in the caller.
+`strategy` is how the processes share a training: an accelerate configuration, which accelerate's own
+code turns into the environment of the workers.
+
+What comes back from a failure is the failing rank's own message, on every node: a `UserError` or
+`StoppedError` as itself, anything else as a `WorkerError` with the traceback. SIGTERM and Ctrl-C reach the workers,
+and nothing survives its parent, however that one ends. Nothing heavy is imported in the caller.
 """
 
 from __future__ import annotations
@@ -27,16 +31,56 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from a2d_core.config import UserError, require
+from a2d_core import strategies
+from a2d_core.config import StoppedError, UserError, require
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 POLL_SECONDS = 0.5  # how often a child looks whether its parent is still there
 STOP_SECONDS = 45  # an agent that was told to stop gives its workers 30 seconds
+FAILURE = "a2d-failure"  # the first failure's key in the store that the nodes share
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines that train together, as one of them sees them."""
+
+    count: int = 1
+    """Machines."""
+    rank: int = 0
+    """Number of this one, from 0."""
+    main_address: str | None = None
+    """host:port of node 0, as the others reach it; the port must be free there."""
+    meeting_seconds: int = 600
+    """How long a node waits for the others."""
+
+    def __post_init__(self) -> None:
+        require(self.count >= 1, f"nodes must be at least 1, not {self.count}")
+        require(0 <= self.rank < self.count, f"node_rank={self.rank} is none of 0 to {self.count - 1}, the ranks of {self.count} nodes")
+        host, _, port = (self.main_address or "").rpartition(":")
+        require(
+            self.count == 1 or bool(host and port.isdecimal()),
+            f"{self.count} nodes need the address of node 0 as HOST:PORT, not {self.main_address!r}: --main-address 10.0.0.1:29500",
+        )
+
+    @property
+    def main(self) -> tuple[str, str]:
+        """Host and port of node 0."""
+        host, _, port = (self.main_address or "127.0.0.1:0").rpartition(":")
+        return host.strip("[]"), port
+
+
+ONE_NODE = Nodes()
+
+TOLD = {"UserError": UserError, "StoppedError": StoppedError}
+"""Exceptions that come back from a worker as themselves."""
 
 
 class WorkerError(RuntimeError):
@@ -48,23 +92,27 @@ class WorkerError(RuntimeError):
         self.kind = kind
 
 
-def run(target: str, kwargs: dict[str, Any], *, processes: int) -> Any:
-    """Call `target` ("package.module:function") with `kwargs` in `processes` processes; return the result (of rank 0).
+def run(target: str, kwargs: dict[str, Any], *, processes: int, strategy: str = "ddp", nodes: Nodes = ONE_NODE) -> Any:
+    """Call `target` ("package.module:function") with `kwargs` in `processes` processes of each node; return the result of rank 0.
 
-    Raises what the function raises (one process), or `UserError` and `WorkerError` as told at the
-    top of this file; `UserError` too where fewer GPUs than processes are visible.
+    Raises what the function raises (one process, which shares nothing: ddp), or `UserError` and `WorkerError` as told
+    at the top of this file; `UserError` too where fewer GPUs than processes are visible, where a node does not come
+    within `nodes.meeting_seconds`, and where it comes with other arguments than node 0.
     """
     require(processes >= 1, f"processes must be at least 1, not {processes}")
+    file = strategies.file(strategy)
     kwargs = json.loads(json.dumps(kwargs))  # the same values arrive, whatever the number of processes
-    if processes == 1:
+    if processes == nodes.count == 1 and strategy == "ddp":
         return _find(target)(**kwargs)
     with tempfile.TemporaryDirectory(prefix="a2d-launch-") as name:
         folder = Path(name)
-        _write(folder / "call.json", {"target": target, "kwargs": kwargs, "processes": processes})
+        group = {"processes": processes, "strategy": strategy, "nodes": asdict(nodes)}
+        _write(folder / "call.json", {"target": target, "kwargs": kwargs, "file": str(file), **group})
         command = [sys.executable, "-m", "a2d_core.launch", "agent", name, str(os.getpid())]
-        code, terminated = _wait(lambda: subprocess.Popen(command, env=environment(processes)))
+        code, terminated = _wait(lambda: subprocess.Popen(command, env=environment(processes, nodes)))
         if not terminated:
             return _outcome(folder, code)
+        _raise_told([_read(path) for path in folder.glob("error-*.json")])  # what a worker had the time to say
     os.kill(os.getpid(), signal.SIGTERM)  # the workers are gone; now this process answers the signal in its own way
     raise WorkerError(f"training was stopped by SIGTERM on {processes} processes", rank=0, kind="SIGTERM")
 
@@ -91,7 +139,7 @@ def calm_threads() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 
-def environment(processes: int) -> dict[str, str]:
+def environment(processes: int, nodes: Nodes = ONE_NODE) -> dict[str, str]:
     """This process's environment for `processes` children: shared-out threads that do not spin, loopback, and this package."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
     budget = int(threads) if threads.isdecimal() else _cores()
@@ -102,7 +150,7 @@ def environment(processes: int) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
     }
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
-    if loopback:
+    if loopback and nodes.main[0] in LOOPBACK:
         made.setdefault("GLOO_SOCKET_IFNAME", loopback)  # else gloo wants a host name that resolves
     return made
 
@@ -151,16 +199,14 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 def _outcome(folder: Path, code: int) -> Any:
     """The result that rank 0 wrote, or the exception for what failed first."""
-    errors = {error["rank"]: error for error in map(_read, folder.glob("error-*.json"))}
+    errors = {int(path.stem.rpartition("-")[2]): _read(path) for path in folder.glob("error-*.json")}
     ended = _read(folder / "agent.json") if (folder / "agent.json").exists() else {}
     for rank, how in ended.items():
         if int(rank) not in errors:  # its peers, who notice and complain, do leave messages
             advice = "; SIGKILL often means that the machine ran out of memory" if how == "SIGKILL" else ""
             raise WorkerError(f"rank {rank} ended without a message ({how}){advice}", rank=int(rank), kind=how)
     if errors:
-        first = min(errors.values(), key=lambda error: error["time"])
-        if first["kind"] == "UserError":
-            raise UserError(first["message"])
+        first = _raise_told(list(errors.values()))
         message = f"rank {first['rank']} failed: {first['kind']}: {first['message']}\n{first['traceback']}"
         raise WorkerError(message, rank=first["rank"], kind=first["kind"])
     if code != 0:
@@ -168,6 +214,14 @@ def _outcome(folder: Path, code: int) -> Any:
             f"the processes did not start, or were stopped from outside (exit code {code}): see the output above", rank=0, kind="Exit"
         )
     return _read(folder / "result.json")
+
+
+def _raise_told(errors: list[dict[str, Any]]) -> Any:
+    """Raise the first error as it was raised, where its message is all that there is to tell; else return it."""
+    first = min(errors, key=lambda error: error["time"], default=None)
+    if first and first["kind"] in TOLD:
+        raise TOLD[first["kind"]](first["message"])
+    return first
 
 
 def _read(path: Path) -> Any:
@@ -195,15 +249,19 @@ def _die_with(parent: int, end: Callable[[], None]) -> None:
 def _agent(folder: Path, parent: int) -> None:
     """Start and watch over the workers: torch.distributed.run, quiet, in a process that ends with its parent."""
     _die_with(parent, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    processes = _read(folder / "call.json")["processes"]
+    call = _read(folder / "call.json")
+    nodes = Nodes(**call["nodes"])
     logging.disable(logging.CRITICAL)  # in the agent, not in its workers: a failure is told by the caller, once
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    where = ["--standalone", "--nnodes=1", f"--nproc-per-node={processes}", "--local-addr=127.0.0.1"]
     try:
-        torchrun([*where, "-m", "a2d_core.launch", "worker", str(folder), str(os.getpid())])
+        os.environ.update(strategies.environment(Path(call["file"]), call["processes"] * nodes.count, nodes.count))
+        torchrun(
+            [*_where(nodes), f"--nproc-per-node={call['processes']}", "-m", "a2d_core.launch", "worker", str(folder), str(os.getpid())]
+        )
     except ChildFailedError as error:
         first = min(failure.timestamp for failure in error.failures.values())
         own = first + STOP_SECONDS / 2  # from here on the ends are the agent's own doing: SIGTERM to the others, SIGKILL 30 seconds later
@@ -216,42 +274,126 @@ def _agent(folder: Path, parent: int) -> None:
         if os.getppid() != parent:  # nobody is left to do it
             shutil.rmtree(folder, ignore_errors=True)
         sys.exit(128 + error.sigval)
+    except (UserError, DistError) as error:
+        if nodes.count == 1 and isinstance(error, DistError):
+            raise
+        what = (
+            f"the {nodes.count} nodes did not meet at {nodes.main_address} within {nodes.meeting_seconds} seconds ({error}): start node "
+            f"0 to {nodes.count - 1} with the same --nodes and --main-address, a free port of node 0 that the others reach"
+        )
+        told = _told(error, 0) | ({} if isinstance(error, UserError) else {"kind": "UserError", "message": what})
+        _write(folder / "error-0.json", told)
+        sys.exit(1)
+
+
+def _where(nodes: Nodes) -> list[str]:
+    """Where the agents meet, in the words of torch.distributed.run."""
+    if nodes.count == 1:
+        return ["--standalone", "--nnodes=1", "--local-addr=127.0.0.1"]
+    host, port = nodes.main
+    meeting = [f"--master-addr={host}", f"--master-port={port}", f"--rdzv-conf=timeout={nodes.meeting_seconds}"]
+    return [f"--nnodes={nodes.count}", f"--node-rank={nodes.rank}", *meeting]
 
 
 def _worker(folder: Path, parent: int) -> None:
     """One of the processes: join the group, call the function, and leave the result or the error in a file."""
     _die_with(parent, lambda: os._exit(1))
     rank = int(os.environ["RANK"])
-    try:
-        _call(folder)
-    except Exception as error:
-        told = {"rank": rank, "time": time.time(), "kind": type(error).__name__, "message": str(error), "traceback": traceback.format_exc()}
-        if isinstance(error, UserError):
-            told["kind"] = "UserError"
-        _write(folder / f"error-{rank}.json", told)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # at once: a normal exit would wait for peers that wait for this one
-
-
-def _call(folder: Path) -> None:
     call = _read(folder / "call.json")
+    fail = _share_failures(folder, rank) if call["nodes"]["count"] > 1 else partial(_fail, folder, rank)
+    try:
+        _call(folder, call)
+    except Exception as error:
+        fail(_told(error, rank))
+
+
+def _told(error: Exception, rank: int) -> dict[str, Any]:
+    """What is told of a failure."""
+    kind = "UserError" if isinstance(error, UserError) else type(error).__name__
+    return {"rank": rank, "time": time.time(), "kind": kind, "message": str(error), "traceback": traceback.format_exc()}
+
+
+def _fail(folder: Path, rank: int, told: dict[str, Any]) -> None:
+    _write(folder / f"error-{rank}.json", told)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # at once: a normal exit would wait for peers that wait for this one
+
+
+def _share_failures(folder: Path, rank: int) -> Callable[[dict[str, Any]], None]:
+    """End this worker with the message of the first one that fails on any node; returns what ends it with its own, or that one's.
+
+    Without it a node would wait for another that has failed until the time limit of a collective operation.
+    """
+    from torch.distributed import DistError, TCPStore
+
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # the agents', which node 0 keeps
+
+    def end(told: dict[str, Any]) -> None:
+        time.sleep(2 * POLL_SECONDS)  # node 0's agent, and the store with it, ends with its workers: until then all have heard
+        _fail(folder, rank, told)
+
+    def lost(told: dict[str, Any]) -> dict[str, Any]:
+        return told | {"message": f"node 0 has ended, and its own output says why ({told['message']})"}
+
+    def listen() -> None:
+        try:
+            while not store.check([FAILURE]):
+                time.sleep(POLL_SECONDS)
+            told = json.loads(store.get(FAILURE))
+        except DistError as error:
+            told = lost(_told(error, rank))
+        end(told)
+
+    def fail(told: dict[str, Any]) -> None:
+        try:
+            told = json.loads(store.compare_set(FAILURE, "", json.dumps(told)))  # the first failure stays
+        except DistError:
+            told = lost(told)
+        end(told)
+
+    threading.Thread(target=listen, name="listen-to-nodes", daemon=True).start()
+    return fail
+
+
+def _call(folder: Path, call: dict[str, Any]) -> None:
     import torch
     from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
 
     gpus, processes = torch.cuda.device_count(), call["processes"]
     require(gpus == 0 or gpus >= processes, f"{processes} processes need a GPU each, and {gpus} are visible: ask for {gpus} processes")
-    if gpus == 0:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # without it accelerate, and so the Trainer, makes N lone processes on a CPU
-    PartialState(cpu=gpus == 0)
+    by_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if gpus == 0:  # without a word from us accelerate, and so the Trainer, makes N lone processes on a CPU
+        os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"} if by_deepspeed else {"ACCELERATE_USE_CPU": "true"}
+    PartialState(cpu=gpus == 0 and not by_deepspeed, backend="gloo" if gpus == 0 else None)
+    _compare_with_node_0(call)
     result = _find(call["target"])(**call["kwargs"])
-    state = PartialState()  # what the function's own accelerate objects made of it
-    assert state.num_processes == processes, (
-        f"{processes} processes were asked for, and the function ran in groups of {state.num_processes}"
-    )
-    if state.is_main_process:
+    state, world = PartialState(), processes * call["nodes"]["count"]  # what the function's own accelerate objects made of it
+    assert state.num_processes == world, f"{world} processes were asked for, and the function ran in groups of {state.num_processes}"
+    result = broadcast_object_list([result])[0]
+    if state.is_local_main_process:
         _write(folder / "result.json", result)
     state.destroy_process_group()
+
+
+def _compare_with_node_0(call: dict[str, Any]) -> None:
+    """Raise `UserError` where another node was given other arguments than node 0."""
+    from accelerate.utils import broadcast_object_list
+
+    def values(call: dict[str, Any]) -> dict[str, Any]:
+        shared = {name: call[name] for name in ("target", "processes", "strategy")}
+        return shared | {"nodes": call["nodes"]["count"]} | call["kwargs"]
+
+    mine, theirs = values(call), broadcast_object_list([values(call)])[0]
+    differing = [
+        f"{name}={mine.get(name)!r}, and node 0 has {theirs.get(name)!r}" for name in mine | theirs if mine.get(name) != theirs.get(name)
+    ]
+    require(
+        not differing,
+        f"node {call['nodes']['rank']} was started with {'; '.join(differing)}: give every node the same command, all but --node-rank, "
+        "and the same directories, on a file system that all of them see",
+    )
 
 
 if __name__ == "__main__":

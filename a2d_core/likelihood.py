@@ -46,14 +46,13 @@ def nelbo(
     samples: int,
     seed: int,
     rows_B: Tensor | None = None,
-    forward: Callable[[Layout], tuple[Tensor, Tensor]] | None = None,
 ) -> Estimate:
     """Monte Carlo estimate of the NELBO over the full range of t, of the maskable tokens given all others.
 
     Each sample masks n of a block's M scored tokens, n uniform on 1..M, and weights by M / n. A block with at most
     `samples` masks in all is summed over all of them, and has no noise. The noise of a row depends on `seed` and its
     number in `rows_B` (default: its place) alone: not on batch size or order. Rows of `streams` that share a clean
-    stream are scored in one row of the network. `forward` is called in place of the model where that is wrapped.
+    stream are scored in one row of the network.
     Source: MDLM (arXiv 2406.07524, eq. 10); the count form: MDM as any-order autoregression (arXiv 2410.14157).
     """
     maskable_BT = streams.is_maskable_BT
@@ -66,7 +65,7 @@ def nelbo(
     for start in range(0, samples, VIEWS_PER_PASS):
         views = slice(start, start + VIEWS_PER_PASS)
         layout = model.objective.layout(streams, is_masked_KBT[views], weight_KBT[views])
-        nats_KBT[views].view(-1).index_add_(0, layout.token_M, (forward or model)(layout)[1] * layout.weight_M)
+        nats_KBT[views].view(-1).index_add_(0, layout.token_M, model(layout)[1] * layout.weight_M)
     nats_KBT = torch.where(is_small_BT, nats_KBT.mean(0), nats_KBT)
     nats_KB, is_noisy_B = nats_KBT.sum(-1), (maskable_BT & ~is_small_BT).any(1)
     spread_B = nats_KB.std(0) if samples > 1 else torch.full_like(nats_KB[0], torch.nan)

@@ -28,9 +28,9 @@ class Head:
     excluded_token: int | None = None
     """Left out of the softmax (the mask token): it is not a prediction, so a uniform model scores log(V - 1)."""
 
-    def logits(self, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None) -> Tensor:
-        """Logits [..., V] in float32."""
-        logits = F.linear(hidden_CH, weight_VH, bias_V).float()
+    def logits(self, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Logits [..., V] in float32, or in another precision."""
+        logits = F.linear(hidden_CH, weight_VH, bias_V).to(dtype)
         if self.scale != 1:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -76,11 +76,11 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_MH.dtype
         with torch.autocast(kind, enabled=False):
             weight, bias = weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
-            wants_gradient = any(ctx.needs_input_grad[:3])
+            wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]  # a frozen weight's gradient is a product less
             ce_M = torch.empty(len(target_M), device=hidden_MH.device)
-            d_hidden_MH = torch.empty_like(hidden_MH) if wants_gradient else None
-            d_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_gradient else None
-            d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_gradient and bias_V is not None else None
+            d_hidden_MH = torch.empty_like(hidden_MH) if wants_hidden else None
+            d_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
+            d_bias_V = torch.zeros(len(weight_VH), device=hidden_MH.device) if wants_bias else None
             rows = max(1, CHUNK_ELEMENTS // len(weight_VH))
             for start in range(0, len(target_M), rows):
                 chunk = slice(start, start + rows)
@@ -88,23 +88,25 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 logits_CV = head.logits(hidden_CH, weight, bias)
                 log_sum_C1 = logits_CV.logsumexp(-1, keepdim=True)
                 ce_M[chunk] = (log_sum_C1 - logits_CV.gather(-1, target_C1))[:, 0]
-                if d_hidden_MH is None or d_weight_VH is None:
+                if not (wants_hidden or wants_weight or wants_bias):
                     continue
                 slope = head.slope(logits_CV)
                 d_logits_CV = logits_CV.sub_(log_sum_C1).exp_().mul_(coefficient_C1)
                 d_logits_CV.scatter_add_(-1, target_C1, -coefficient_C1)
                 d_linear_CV = d_logits_CV.mul_(slope).to(dtype)
-                d_hidden_MH[chunk] = d_linear_CV @ weight
-                d_weight_VH += d_linear_CV.T @ hidden_CH
+                if d_hidden_MH is not None:
+                    d_hidden_MH[chunk] = d_linear_CV @ weight
+                if d_weight_VH is not None:
+                    d_weight_VH += d_linear_CV.T @ hidden_CH
                 if d_bias_V is not None:
                     d_bias_V += d_linear_CV.float().sum(0)
         ctx.save_for_backward(d_hidden_MH, d_weight_VH, d_bias_V)
-        ctx.weight_dtype = weight_VH.dtype
+        ctx.hidden_dtype, ctx.weight_dtype = hidden_MH.dtype, weight_VH.dtype
         ctx.mark_non_differentiable(ce_M)
         return (ce_M * coefficient_M).sum(), ce_M
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden_MH, d_weight_VH, d_bias_V = ctx.saved_tensors
-        d_bias = None if d_bias_V is None else (d_bias_V * d_total).to(ctx.weight_dtype)
-        return d_hidden_MH * d_total.to(d_hidden_MH.dtype), (d_weight_VH * d_total).to(ctx.weight_dtype), d_bias, None, None, None
+        kinds = ctx.hidden_dtype, ctx.weight_dtype, ctx.weight_dtype
+        gradients = [None if d is None else (d * d_total).to(kind) for d, kind in zip(ctx.saved_tensors, kinds, strict=True)]
+        return (*gradients, None, None, None)

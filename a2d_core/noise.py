@@ -41,10 +41,11 @@ def hashed_uniform(seed: int, step: int, *counters: Tensor) -> Tensor:
     the result has their common shape, float32, 24 random bits. The mixing function is splitmix64's.
     """
     key = _mix_int(_mix_int(seed % _WORD) + step)
-    state = torch.tensor(_signed(key), device=counters[0].device)
-    for counter in counters:
+    first, *others = counters
+    state = _mix(first * _signed(_GOLDEN) + _signed(key))
+    for counter in others:
         state = _mix(state + counter * _signed(_GOLDEN))
-    return (_shift(state, 40)).to(torch.float32) / (1 << 24)
+    return _shift(state, 40).to(torch.float32) / (1 << 24)
 
 
 def draw_t(

@@ -1,7 +1,7 @@
 """The room in which MDLM and BD3LM differ. It answers four questions for each objective:
 
 what the model sees (`layout`), who attends to whom (the slots of that layout, read by `attention`),
-which positions are scored (`layout`), and in what order blocks fill and are cached (`segments`, `caches`).
+which positions are scored (`layout`), and in what order blocks fill and are cached (`segments`, `queries`).
 Trainer, likelihood and sampler ask here; none of them asks which objective it is.
 """
 
@@ -10,6 +10,7 @@ Trainer, likelihood and sampler ask here; none of them asks which objective it i
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from a2d_core.attention import Slots
-from a2d_core.config import check_objective
+from a2d_core.config import SampleConfig, check_objective, require
 
 _TURNS = 1 << 10
 """More turns than a row has: the copies of view k are numbered from k times this."""
@@ -114,9 +115,9 @@ class Objective:
     mask_token_id: int
     right_shift: bool = False
 
-    def block_of(self, position: Tensor) -> Tensor:
-        """Block index of each logical position; blocks are anchored at position 0."""
-        return position // self.block_size if self.block_size else torch.zeros_like(position)
+    def block_of(self, position: Tensor, lead: Tensor | int = 0) -> Tensor:
+        """Block index of each logical position; blocks are anchored at position 0, or `lead` positions before it."""
+        return (position + lead) // self.block_size if self.block_size else torch.zeros_like(position)
 
     def span(self, begin: int, end: int) -> tuple[int, int]:
         """Where the first and the last block begin that hold the positions from `begin` to before `end`."""
@@ -213,23 +214,51 @@ class Objective:
         key = (streams.key, views * copies) if streams.key else None
         return Layout(ids_BS, slots, source_M - int(self.right_shift), target_M, weight_M, token_M, key)
 
-    @property
-    def caches(self) -> bool:
-        """Whether what lies before the active block is final, and may live in a KV cache."""
-        return self.block_size is not None
+    def segments(self, begin: int, end: int, width: int | None, lead: int = 0) -> list[tuple[int, int]]:
+        """The stretches [start, stop) in which positions [begin, end) are filled, in their order.
 
-    def segments(self, prompt_length_B: Tensor, max_new_tokens: int, width: int | None) -> tuple[Tensor, int, int]:
-        """The order in which a canvas is filled: start_B of the first segment, the segments' width, and their number.
+        With blocks, a stretch is a block, from the one that `begin` lies in. With one block, the stretches divide what is to be
+        filled (`width` tokens each; None: one stretch).
+        """
+        width = self.block_size or width or end - begin
+        first = (begin + lead) // width * width - lead if self.block_size else begin
+        return [(start, min(start + width, end)) for start in range(first, end, width)]
 
-        With blocks, a segment is a block, and the first is the block the prompt ends in. With one block, the
-        segments divide what follows the prompt (`width` tokens each; None: one segment).
+    def queries(self, cache: str, *, is_first: bool) -> tuple[float, float]:
+        """What an evaluation computes anew: from where to where, counted in widths from the start of the active stretch.
+
+        With blocks, whatever lies before the active one is final and cached: a block's first evaluation commits the block
+        before it. With one block every token sees every other, so that all are computed anew; the approximate caches take
+        what lies before the stretch (`prefix`) or around it (`dual`) from its first evaluation (Fast-dLLM, arXiv 2505.22618).
         """
         if self.block_size:
-            start_B = prompt_length_B // self.block_size * self.block_size
-            last = int(((prompt_length_B - start_B) + max_new_tokens).max())
-            return start_B, self.block_size, -(-last // self.block_size)
-        width = min(width or max_new_tokens, max_new_tokens)
-        return prompt_length_B, width, -(-max_new_tokens // width)
+            return (-1 if is_first else 0), 1
+        if is_first or cache == "exact":
+            return -math.inf, math.inf
+        return 0, (1 if cache == "dual" else math.inf)
+
+    def sees_until(self, stop: int, end: int) -> int:
+        """How far an active stretch that stops at `stop` sees in a row of length `end`."""
+        return stop if self.block_size else end
+
+    def sees_behind(self, position: int, other: int, lead: int = 0) -> bool:
+        """Whether a position sees another one that lies behind it."""
+        return not self.block_size or (position + lead) // self.block_size == (other + lead) // self.block_size
+
+    def check_sampling(self, config: SampleConfig) -> None:
+        """Raise `UserError` where this objective cannot be sampled so."""
+        if self.block_size is None:
+            require(
+                config.block_origin != "prompt_end",
+                f"block_origin={config.block_origin} is about bd3lm's blocks: an mdlm canvas has one. Leave it out",
+            )
+            return
+        require(config.cache == "exact", f"cache={config.cache} is for mdlm: bd3lm's cache is exact. Leave it at exact")
+        require(
+            config.guidance == 0,
+            f"guidance={config.guidance} is for mdlm: its prompt is masked for it, and bd3lm never saw a mask token in what is final. "
+            "Leave it at 0",
+        )
 
 
 def make(objective: str, *, block_size: int, mask_token_id: int, right_shift: bool = False) -> Objective:

@@ -63,6 +63,25 @@ def check_server(uri: str) -> None:
         ) from error
 
 
+def checkpoint_of(uri: str, config: TrackingConfig | None = None) -> str:
+    """The checkpoint directory of a registered version, `models:/NAME@ALIAS` or `models:/NAME/VERSION`, fetched where it is not local.
+
+    Raises `UserError` where there is none.
+    """
+    place = default_uri(config)
+    there = not place.startswith("sqlite:///") or Path(place.removeprefix("sqlite:///")).is_file()
+    require(there, f"{uri}: there is no MLflow database {place}: name the server or the database with MLFLOW_TRACKING_URI")
+    check_server(place)
+    import mlflow
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    try:
+        artifacts = mlflow.models.get_model_info(uri).flavors["python_function"]["artifacts"]
+        return str(mlflow.artifacts.download_artifacts(f"{uri}/{artifacts['checkpoint']['path']}"))
+    except (KeyError, mlflow.exceptions.MlflowException) as error:
+        raise UserError(f"{uri} is no checkpoint that was registered here, at {place} ({cause(error)})") from error
+
+
 def start_parent(recipe: Recipe, *, name: str, tags: dict[str, str] | None = None) -> str:
     """Make the run that stands for one run of the pipeline, with the resolved recipe as an artifact; return its id."""
     import mlflow
@@ -135,23 +154,76 @@ def log_samples(samples: list[dict[str, Any]]) -> None:
     mlflow.set_tag("mlflow.loggedArtifacts", json.dumps([{"path": "samples.json", "type": "table"}]))
 
 
+EVALUATION_FILES = ("results.json", "evaluation.json", "samples.jsonl", "lm_eval*.json", "report.html", "frontier.png")
+
+
 def log_evaluation(results: dict[str, Any], output_dir: str | Path) -> None:
-    """Log an evaluation: its numbers as metrics, those without standard errors on the parent too, and the full results as JSON."""
+    """Log an evaluation: its numbers as metrics, those without standard errors on the parent too, its samples as a table, its
+    record as parameters (seed, weights, versions), and its files, from which `evaluate --repeat` runs it again."""
     import mlflow
 
     numbers = evaluation_numbers(results)
+    record_file, samples_file = Path(output_dir) / "evaluation.json", Path(output_dir) / "samples.jsonl"
+    if record_file.exists():
+        record = json.loads(record_file.read_text(encoding="utf-8"))
+        numbers |= {name: record[name] for name in ("seconds", "evaluations", "failed")}
+        mlflow.set_tags({"a2d.weights": record["weights"]["model"], "a2d.code": record["code"], "a2d.device": record["device"]})
+        mlflow.set_tags({f"version.{package}": version for package, version in record["versions"].items()})
+    if samples_file.exists():
+        log_samples([json.loads(line) for line in samples_file.read_text(encoding="utf-8").splitlines()])
     log_numbers(numbers, summary={name: value for name, value in numbers.items() if not name.endswith(("_stderr", "_chance"))})
-    for file in ("results.json", "lm_eval.json", "lm_eval_baseline.json"):
-        if (Path(output_dir) / file).exists():
-            mlflow.log_artifact(str(Path(output_dir) / file))
+    for path in (path for pattern in EVALUATION_FILES for path in sorted(Path(output_dir).glob(pattern))):
+        mlflow.log_artifact(str(path))
+
+
+def fetch_evaluation(run_id: str, directory: str | Path) -> Path:
+    """Download the files of an evaluation that `log_evaluation` logged: of its run, or the evaluation of the pipeline's run `run_id`.
+
+    Raises `UserError` where there is no such run, or it evaluated nothing.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow.MlflowClient()
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise UserError(f"MLflow at {mlflow.get_tracking_uri()} has no run '{run_id}' ({cause(error)}): see its pages for the id") from None
+    if run.data.tags.get("a2d.stage") != "evaluate":
+        tags = f"tags.`mlflow.parentRunId` = '{run_id}' and tags.`a2d.stage` = 'evaluate'"
+        found = client.search_runs([run.info.experiment_id], tags, max_results=1)
+        require(bool(found), f"run '{run_id}' evaluated nothing: give the run of an evaluation, or of a pipeline with one")
+        run_id = found[0].info.run_id
+    names = {artifact.path for artifact in client.list_artifacts(run_id)}
+    wanted = ("evaluation.json", "results.json", "samples.jsonl")
+    missing = [name for name in wanted if name not in names]
+    require(not missing, f"run '{run_id}' has no {', '.join(missing)}: it cannot be repeated")
+    for name in wanted:
+        mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name, dst_path=str(directory))
+    return Path(directory)
+
+
+def champion_numbers(name: str) -> dict[str, float]:
+    """The metrics, as `evaluation_numbers` names them, of the version with the alias `champion` of a model; empty where there is none."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow.MlflowClient()
+    try:
+        version = client.get_model_version_by_alias(name, "champion")
+        logged = client.get_logged_model(version.model_id or version.source.removeprefix("models:/"))
+    except MlflowException:  # no such model, no champion, or one that was registered by other means
+        return {}
+    return {metric.key: metric.value for metric in logged.metrics or []}
 
 
 def evaluation_numbers(results: dict[str, Any] | None) -> dict[str, Any]:
-    """An evaluation as flat names and numbers: TASK/METRIC, with _stderr, _chance and _baseline, and text/nelbo and its like."""
+    """An evaluation as flat names and numbers: TASK/METRIC, with _stderr, _chance and their like, and text/nelbo and its like."""
     numbers: dict[str, Any] = {}
     for task in results["tasks"] if results else []:
         name = f"{task['task']}/{task['metric']}"
-        numbers |= {name: task["value"]} | {f"{name}_{part}": task[part] for part in ("stderr", "chance", "baseline")}
+        parts = ("stderr", "chance", "baseline", "published", "evaluations", "tokens")
+        numbers |= {name: task["value"]} | {f"{name}_{part}": task.get(part) for part in parts}
     return numbers | {f"text/{name}": value for name, value in ((results or {}).get("text") or {}).items()}
 
 

@@ -12,24 +12,32 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from accelerate import DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin, save_fsdp_optimizer
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from a2d_core import likelihood, noise
-from a2d_core.config import TrainConfig, UserError, require
-from a2d_core.models import DiffusionModel, multiplies_bfloat16
+from a2d_core import checkpoints, likelihood, noise
+from a2d_core.config import TrainConfig, require
+from a2d_core.guard import Guard
+from a2d_core.models import DiffusionModel, load, multiplies_bfloat16
 
 EVAL_SEED = 20_503_09573
 """Seed of the evaluation noise: the same for every checkpoint, so that their scores can be compared."""
@@ -62,16 +70,22 @@ def fit(
     output_dir = Path(output_dir)
     check_fits(model, config)
     model.set_attention(config.attention)
+    if config.lora_rank:
+        from a2d_core import lora  # peft is needed for this alone
+
+        lora.attach(model.network, config, model.spec.mask_token_id, in_bfloat16=computes_in_bfloat16(config), seed=seed)
     if config.gradient_checkpointing:
-        model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.checkpoint_activations(are_compiled=config.compile)
+    if config.compile:
+        model.compile_layers()
     trainer = DiffusionTrainer(model, config, train_rows, eval_rows, collate, output_dir, stage=stage, seed=seed, fill=fill)
-    if resume_from and _is_complete(Path(resume_from), config):
-        trainer.take_up(Path(resume_from))
-    else:
-        trainer.train(resume_from_checkpoint=resume_from)
+    with trainer.guard.listening():
+        if resume_from and _is_complete(Path(resume_from), config):
+            trainer.take_up(Path(resume_from))
+        else:
+            trainer.train(resume_from_checkpoint=resume_from)
     metrics = trainer.evaluate()
-    model.network.to(model.stored_dtype)
-    trainer.save_model(str(output_dir / "checkpoint-final"))
+    trainer.save_final(output_dir)
     history = trainer.state.log_history
     rates, losses = ([row[name] for row in history if name in row] for name in ("tokens_per_second", "loss"))
     return {
@@ -116,6 +130,7 @@ class DiffusionTrainer(Trainer):
     ) -> None:
         self.diffusion, self.stage, self.noise_seed, self.fill = config, stage, seed, fill
         self.tokens_seen, self.clock = 0, time.perf_counter()
+        self.guard, self.writing = Guard(config, output_dir), output_dir
 
         super().__init__(
             model=model,
@@ -123,7 +138,7 @@ class DiffusionTrainer(Trainer):
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             data_collator=collate,
-            callbacks=[MetricsFile(output_dir)],
+            callbacks=[Progress(self), MetricsFile(output_dir), self.guard],
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, once for the whole step
@@ -135,6 +150,24 @@ class DiffusionTrainer(Trainer):
         lengths = [len(row["input_ids"]) for row in rows]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroups(lengths, step, self.noise_seed)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, for FSDP with float32 weights and gradients, and on a CPU too.
+
+        accelerate would gather and reduce in bfloat16 where that is the precision, and round the loss and its weights to it:
+        autocast does it as under DDP. And on a CPU it leaves the FSDP configuration out, which torch has no need for.
+        """
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type == DistributedType.MULTI_CPU:
+            state.fsdp_plugin, self.is_fsdp_enabled = FullyShardedDataParallelPlugin(), True
+            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if self.is_fsdp_enabled:
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        """The autocast that accelerate puts around the forward of other models."""
+        return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager(cache_enabled)
 
     # --- one optimizer step ---
 
@@ -169,6 +202,17 @@ class DiffusionTrainer(Trainer):
         self.tokens_seen += inputs["tokens"] * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def training_step(self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Forward and backward of one micro-batch; its loss is shown to the guard."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.add_loss(self.state.global_step + 1, loss, inputs["row"])
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.add_norm(self.state.global_step + 1, norm)
+        return norm
+
     def noised_layout(self, inputs: Batch) -> Any:
         """Draw t and the masks of a micro-batch, and lay out its forward pass."""
         config, streams = self.diffusion, inputs["streams"]
@@ -197,7 +241,6 @@ class DiffusionTrainer(Trainer):
             with self.compute_loss_context_manager():
                 estimate = likelihood.nelbo(
                     self.model, streams, samples=2, seed=EVAL_SEED, rows_B=batch["row"],
-                    forward=self.model_wrapped if self.is_fsdp_enabled else None,
                 )  # fmt: skip
             answer_BT = streams.is_maskable_BT & ~streams.is_fill_BT
             parts = estimate.nats_B, estimate.tokens_B, (estimate.nats_BT * answer_BT).sum(1), answer_BT.sum(1)
@@ -217,25 +260,59 @@ class DiffusionTrainer(Trainer):
     # --- logs and checkpoints ---
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add speed and memory to a loss, and stop where the loss is no number."""
+        """Add speed and memory to a loss; the mean loss of the whole training is that of all its steps, whenever it was resumed."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise UserError(
-                    f"the loss became {logs['loss']} at step {self.state.global_step}: lower learning_rate={self.diffusion.learning_rate} "
-                    f"or raise warmup_ratio={self.diffusion.warmup_ratio}; the checkpoints before it are kept in {self.args.output_dir}"
-                )
             now = time.perf_counter()
             logs["tokens_per_second"] = self.tokens_seen / (now - self.clock)
             logs["memory_mb"] = _peak_memory_mb()
             self.clock, self.tokens_seen = now, 0
         super().log(logs, start_time)
 
+    def written_whole(self, directory: Path) -> AbstractContextManager[Path]:
+        """`checkpoints.whole` with all processes: the body fills the directory that it gets, which then becomes `directory`."""
+        return checkpoints.whole(directory, is_main=self.is_world_process_zero(), meet=self.accelerator.wait_for_everyone)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        step, output_dir = self.state.global_step, Path(self.args.output_dir)
+        self.guard.check(self.state)
+        self.state.stateful_callbacks["Progress"] = {
+            "losses": self.accelerator.gather(self._tr_loss.reshape(1)).tolist(),
+            "total": self._total_loss_scalar,
+            "logged": self._globalstep_last_logged,
+        }
+        with self.written_whole(output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}") as directory:
+            self.writing = directory.parent
+            super()._save_checkpoint(model, trial)
+        self.writing = output_dir
+        if self.is_world_process_zero():
+            checkpoints.keep_newest(output_dir, self.diffusion.keep_checkpoints, step)
+        self.guard.saved(self.state)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.writing)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a checkpoint directory, with whole weights where FSDP shares them out (DDP and ZeRO-2 do not)."""
+        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # not the weights, which Trainer would write once more
+        save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
         directory = Path(output_dir or self.args.output_dir)
         if state_dict is not None:
-            state_dict = {name.removeprefix("network."): value for name, value in state_dict.items()}
+            tied = {f"network.{name}" for name in self.model.network.all_tied_weights_keys}  # gathered, they share no memory any more
+            state_dict = {name.removeprefix("network."): value for name, value in state_dict.items() if name not in tied}
         record = {
             "stage": self.stage,
             "step": self.state.global_step,
@@ -244,18 +321,48 @@ class DiffusionTrainer(Trainer):
         }
         self.model.save(directory, stage=record, state_dict=state_dict)
 
+    def save_final(self, output_dir: Path) -> None:
+        """Write `checkpoint-final` in the precision of the model that was trained; of LoRA, `adapter` and the two merged."""
+        if not self.model.has_adapters:
+            self.model.to(self.model.stored_dtype)
+            with self.written_whole(output_dir / "checkpoint-final") as directory:
+                self.save_model(str(directory))
+            return
+        with self.written_whole(output_dir / "adapter") as directory:
+            self.save_model(str(directory))
+        with self.written_whole(output_dir / "checkpoint-final") as directory:
+            if self.args.should_save:  # from disk, so that it is exact: in float32 once, whatever precision was trained in
+                load(output_dir / "adapter", device="cpu").save(directory)
+
     def take_up(self, checkpoint: Path) -> None:
         """Load the weights and the history of a checkpoint at which training was complete."""
+        self.model.to(self.args.device)  # where it would be shared out, it is still on the CPU
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self.callback_handler.on_train_begin(self.args, self.state, self.control)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load them, except for the learning rate, which is this run's own: one that diverged is resumed with a lower one."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        scheduler, peak = self.lr_scheduler, self.args.learning_rate
+        scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
+        for group, shape in zip(self.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = peak, peak * shape(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         network = self.model.network
-        state = {}
+        if self.model.has_adapters:
+            from a2d_core import lora
+
+            lora.restore(network, resume_from_checkpoint)
+            return
+        state: dict[str, Any] = {}
         for file in sorted(Path(resume_from_checkpoint).glob("*.safetensors")):
             state.update(safetensors.torch.load_file(file))
-        loaded = network.load_state_dict(state, strict=False)
+        loaded = set_model_state_dict(network, state, options=StateDictOptions(full_state_dict=True, strict=False))
         tied = set(network.all_tied_weights_keys)
         require(
             not loaded.unexpected_keys and set(loaded.missing_keys) <= tied,
@@ -280,6 +387,23 @@ class LengthGroups(LengthGroupedSampler):
         return super().__iter__()
 
 
+class Progress(TrainerCallback):
+    """Takes from a checkpoint the loss since the last log, so that a run resumed between two logs logs what a straight one does."""
+
+    def __init__(self, trainer: DiffusionTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Go on with the sums of the checkpoint, where there is one."""
+        saved = state.stateful_callbacks.get("Progress")
+        if saved is None or not self.trainer.is_in_train:  # afresh, or from a checkpoint of a complete training
+            return
+        losses = saved["losses"]
+        own = losses[args.process_index] if len(losses) == args.world_size else sum(losses) / len(losses)
+        self.trainer._tr_loss += own
+        self.trainer._total_loss_scalar, self.trainer._globalstep_last_logged = saved["total"], saved["logged"]
+
+
 class MetricsFile(TrainerCallback):
     """Appends every logged row to `metrics.jsonl`, and prints it where there is no terminal for a progress bar.
 
@@ -293,13 +417,14 @@ class MetricsFile(TrainerCallback):
         """Write what a checkpoint remembers."""
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in state.log_history))
+            with checkpoints.told(self.path):
+                self.path.write_text("".join(json.dumps(row) + "\n" for row in state.log_history))
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Write the newest row."""
         if not state.is_world_process_zero:
             return
-        with self.path.open("a") as file:
+        with checkpoints.told(self.path), self.path.open("a") as file:
             file.write(json.dumps({**state.log_history[-1], "max_steps": state.max_steps}) + "\n")
         is_milestone = "loss" not in (logs or {}) or state.global_step % max(1, state.max_steps // 20) < args.logging_steps
         if args.disable_tqdm and is_milestone:
@@ -318,6 +443,7 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
     def interval(every: float) -> float | int:
         return every if every < 1 else int(every)
 
+    by_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # which accelerate leaves out where it is told to use a CPU
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         num_train_epochs=config.epochs,
@@ -332,8 +458,9 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
         max_grad_norm=config.max_grad_norm,
         adam_beta2=config.adam_beta2,
         optim="adamw_torch_fused",
-        bf16=config.precision == "bfloat16" or (config.precision == "auto" and multiplies_bfloat16()),
-        use_cpu=not torch.cuda.is_available(),
+        bf16=computes_in_bfloat16(config),
+        use_cpu=not torch.cuda.is_available() and not by_deepspeed,
+        ddp_backend="gloo" if by_deepspeed and not torch.cuda.is_available() else None,
         seed=seed,
         data_seed=seed,
         logging_steps=config.log_every,
@@ -342,7 +469,6 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
         eval_steps=interval(config.eval_every),
         save_strategy="steps",
         save_steps=interval(config.save_every),
-        save_total_limit=config.keep_checkpoints,
         report_to="none",
         remove_unused_columns=False,
         label_names=[],
@@ -354,6 +480,11 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
     if arguments.device.type == "cuda":
         arguments._n_gpu = 1  # one process has one GPU: Trainer would wrap several visible ones in DataParallel
     return arguments
+
+
+def computes_in_bfloat16(config: TrainConfig) -> bool:
+    """Whether training under `config` multiplies in bfloat16 on this machine."""
+    return config.precision == "bfloat16" or (config.precision == "auto" and multiplies_bfloat16())
 
 
 def corrupt(

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from a2d_core import embedded, models, presets
+from a2d_core import embedded, models, perplexity, presets
 from a2d_core.config import OBJECTIVES, Recipe
-from a2d_core.stages import convert, evaluate, pretrain
+from a2d_core.stages import convert, pretrain
 
 
 def random_start(source: Path, folder: Path, seed: int) -> Path:
@@ -34,8 +34,8 @@ def random_start(source: Path, folder: Path, seed: int) -> Path:
 def held_out_nelbo(recipe: Recipe, checkpoint: Path) -> tuple[float, torch.Tensor]:
     """Nats per token of the recipe's held-out text, and the rows that were scored."""
     model = models.load(checkpoint)
-    rows_BL = evaluate.held_out_rows(recipe.evaluate, model, recipe.seed)
-    return float(evaluate.score_text(recipe.evaluate, model, rows_BL, recipe.seed).sum() / rows_BL[:, 1:].numel()), rows_BL
+    rows_BL = perplexity.rows_of_text(recipe.evaluate, model, recipe.seed)
+    return float(perplexity.nelbo(recipe.evaluate, model, rows_BL, recipe.seed).sum() / rows_BL[:, 1:].numel()), rows_BL
 
 
 def measure(recipe: Recipe, source: Path, folder: Path) -> tuple[float, torch.Tensor]:
@@ -63,7 +63,7 @@ def main() -> None:
                 for start, source in starts.items():
                     value, rows_BL = measure(recipe, source, folder / start)
                     nelbo[start].append(value)
-                ar_nll = evaluate.autoregressive_nll(base, rows_BL, torch.device("cpu"))
+                ar_nll = float(perplexity.autoregressive(base, rows_BL, torch.device("cpu")).sum() / rows_BL[:, 1:].numel())
         rows.append({"objective": objective, "steps": steps, "ar_nll": ar_nll, **{k: statistics.median(v) for k, v in nelbo.items()}})
     print(
         f"\n{'objective':<10}{'steps':>7}{'AR model, own loss':>21}{'AR start':>11}{'random start':>15}   nats per byte, median over seeds"

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from a2d_core import models, noise, presets, trainer
+from a2d_core import models, noise, perplexity, presets, trainer
 from a2d_core.config import EvaluateConfig, TrainConfig
-from a2d_core.stages import convert, evaluate, pretrain
+from a2d_core.stages import convert, pretrain
 
 BLOCK, LENGTH, ROWS, SKETCH = 32, 512, 2, 4096
 METHODS = {
@@ -91,7 +91,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = models.load(options.checkpoint or pretrained(Path(folder)), dtype=torch.float32, device="cpu")
     model.objective = dataclasses.replace(model.objective, block_size=BLOCK)
-    rows_BL = evaluate.held_out_rows(EvaluateConfig(text_length=LENGTH, text_rows=ROWS), model, seed=0)
+    rows_BL = perplexity.rows_of_text(EvaluateConfig(text_length=LENGTH, text_rows=ROWS), model, seed=0)
     count = sum(weight.numel() for weight in model.parameters())
     generator = torch.Generator().manual_seed(1)
     bucket = torch.randint(SKETCH, (count,), generator=generator)

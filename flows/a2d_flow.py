@@ -141,10 +141,14 @@ class A2DFlow(FlowSpec):
     @card(type="blank", id="evaluation")
     @step
     def evaluate(self) -> None:
-        """Score the model, beside the untrained checkpoint and the autoregressive source."""
+        """Score the model, beside the untrained checkpoint and the autoregressive source, and say whether it passes the gate."""
         import cards
 
+        from a2d_core import report
+        from a2d_core.stages import register
+
         self.results: dict[str, Any] | None = None
+        blocks = None
         with self._stage("evaluate") as (recipe, room, _):
             if self._is_on(recipe.evaluate, "evaluate"):
                 from a2d_core.stages import evaluate
@@ -165,10 +169,14 @@ class A2DFlow(FlowSpec):
                     baseline_dir=baseline,
                     pretrained_dir=pretrained,
                     source_dir=source,
+                    champion=tracking.champion_numbers(register.model_name(recipe)),
                 )
                 tracking.log_evaluation(results, room / "output")
-                self.results = results
-            cards.show_evaluation(current.card["evaluation"], recipe, self.results)
+                self.results, blocks = results, report.read(room / "output")
+            self.verdict = register.judge(recipe, self.results) if recipe.register.enabled else {}
+            if self.verdict:
+                print("gate: " + ": ".join(self.verdict[tag] for tag in ("gate", "gate.why") if tag in self.verdict))
+            cards.show_evaluation(current.card["evaluation"], recipe, blocks)
         self.next(self.register)
 
     @step
@@ -180,13 +188,13 @@ class A2DFlow(FlowSpec):
         with self._stage("register") as (recipe, room, _):
             if self._is_on(recipe.register, "register"):
                 tags = {"metaflow.run": f"{current.flow_name}/{current.run_id}", "mlflow.parent_run": self.mlflow_run}
-                tags |= {"objective": recipe.objective, "base_model": recipe.convert.model, "preset": recipe.name}
                 self.registered = register.run(
                     store.get_dir(self.model, room / "model"),
-                    name=register.model_name(recipe),
-                    tags=tags | {"gate": register.gate(self.results)},
-                    metrics=tracking.evaluation_numbers(self.results),
-                    sample=recipe.sample,
+                    recipe,
+                    tags=tags | self.verdict,
+                    results=self.results,
+                    samples=self.samples,
+                    facts=self.numbers,
                 )
         tracking.finish(self.mlflow_run)  # here, because MLflow is loaded: in a step of its own it would take a second more
         self.next(self.end)
@@ -248,6 +256,7 @@ class A2DFlow(FlowSpec):
                     room / "output",
                     seed=recipe.seed,
                     processes=recipe.compute.train.processes,
+                    strategy=recipe.compute.train.strategy,
                     resume_from=resume_from,
                 )
             tracking.log_numbers(numbers, summary={f"{name}/{key}": value for key, value in numbers.items()})

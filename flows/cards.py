@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metaflow.cards import Markdown, ProgressBar, Table, VegaChart
+from metaflow.cards import Image, Markdown, ProgressBar, Table, VegaChart
 
 import a2d_core
-from a2d_core import presets
+from a2d_core import presets, report
 from a2d_core.config import Recipe
+from a2d_core.report import estimate, number
 
 TITLES = {"pretrain": "Continued pretraining", "sft": "Supervised fine-tuning"}
 CURVES = {"loss": ("training loss", "#4c78a8"), "eval_nelbo": ("held-out NELBO", "#e45756")}
@@ -77,32 +78,30 @@ def show_samples(card: Any, recipe: Recipe, samples: list[Row]) -> None:
     rows = [
         [
             s["prompt"],
-            s["completion"],
-            str(s["new_tokens"]),
+            s["answer"],
+            str(s["tokens"]),
             number(s["nfe"]),
-            f"{s['new_tokens'] / max(s['nfe'], 1):.2f}",
-            f"{s['tokens_per_second']:,.0f}",
+            f"{s['tokens'] / max(s['nfe'], 1):.2f}",
+            f"{s['seconds']:.2f}",
         ]
         for s in samples
     ]
-    card.append(Table(rows, headers=["prompt", "completion", "tokens", "network evaluations", "tokens per evaluation", "tokens/s"]))
+    card.append(Table(rows, headers=["prompt", "answer", "tokens", "network evaluations", "tokens per evaluation", "seconds"]))
 
 
-def show_evaluation(card: Any, recipe: Recipe, results: dict[str, Any] | None) -> None:
-    """The card of the evaluate step."""
+def show_evaluation(card: Any, recipe: Recipe, blocks: Sequence[report.Block] | None) -> None:
+    """The card of the evaluate step, from `report.read`; None where the step is switched off."""
     card.append(Markdown(f"# Evaluation\n{recipe.name} · {recipe.objective} · seed {recipe.seed}"))
-    if results is None:
+    if blocks is None:
         card.append(Markdown("Switched off by `evaluate.enabled=false`."))
         return
-    if results["tasks"]:
-        card.append(Table([list(row) for row in task_rows(results)], headers=list(TASK_HEAD)))
-        card.append(VegaChart(score_bars(results["tasks"])))
-    if results["text"]:
-        card.append(Table([list(row) for row in text_rows(results["text"])], headers=list(TEXT_HEAD)))
-        text = results["text"]
-        card.append(
-            Markdown(f"{text['tokens']:,} tokens; the NELBO bounds the perplexity per token: at most {text['perplexity_bound']:.2f}")
-        )
+    for block in blocks:
+        if isinstance(block, report.Table):
+            card.append(Table([list(map(report.unbroken, row)) for row in block.rows], headers=list(block.head)))
+        elif isinstance(block, report.Image):
+            card.append(Image(block.png, label=block.caption))
+        else:
+            card.append(Markdown(f"{'#' * block.level} {block.text}".strip()))
 
 
 def closing_words(recipe: Recipe, results: dict[str, Any] | None, registered: Row | None, model: Path | None, uri: str, run_id: str) -> str:
@@ -119,6 +118,7 @@ def closing_words(recipe: Recipe, results: dict[str, Any] | None, registered: Ro
     ]
     if registered:
         look.append(("registered", f"{registered['name']} version {registered['version']}, alias candidate, review pending"))
+        look.append(("review", f"{tool('python')} -m a2d_core registry review {registered['name']}"))
     if model:
         look.append(("chat", chat_command(recipe, model)))
     elif registered:
@@ -146,18 +146,6 @@ def text_rows(text: Row) -> list[tuple[str, str]]:
     }
     rows = [(meaning, f"{text[name]:.3f}") for name, meaning in before.items() if text.get(name) is not None]
     return [*rows, ("finished model, NELBO", estimate(text["nelbo"], text["stderr"]))]
-
-
-def estimate(value: float | None, stderr: float | None = None) -> str:
-    """A score with its standard error, where it has one."""
-    return "–" if value is None else f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
-
-
-def number(value: float | None) -> str:
-    """A number for people: three or four figures, a dash for what is not known."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
 
 
 def markdown_table(rows: list[list[str]]) -> str:
@@ -227,25 +215,6 @@ def side_curve(rows: list[Row], name: str) -> dict[str, Any]:
     return chart(
         [{"step": s, "value": v} for s, v in curve(rows, name)], encoding, height=110, width=200, mark={"type": "line", "color": "#72767d"}
     )
-
-
-def score_bars(tasks: list[Row]) -> dict[str, Any]:
-    """A bar per task, and marks for chance and the untrained model."""
-    kinds = {"value": "trained", "baseline": "untrained", "chance": "chance"}
-    points = [{"task": t["task"], "score": t[k], "model": label} for t in tasks for k, label in kinds.items() if t[k] is not None]
-    encoding = {
-        "y": {"field": "task", "type": "nominal", "title": None, "sort": None},
-        "x": {
-            "field": "score",
-            "type": "quantitative",
-            "title": "score",
-            "axis": {"tickCount": 5},
-            "scale": {"domain": [0, max(1, *(p["score"] for p in points))]},
-        },
-        "yOffset": {"field": "model", "sort": list(kinds.values())},
-        "color": {"field": "model", "title": None, "scale": {"domain": list(kinds.values()), "range": ["#4c78a8", "#e45756", "#b8bcc2"]}},
-    }
-    return chart(points, encoding, height={"step": 12}, mark="bar")
 
 
 def curve(rows: list[Row], name: str) -> list[tuple[int, float]]:

@@ -21,7 +21,7 @@ from metaflow.exception import MetaflowException
 
 import a2d_core
 from a2d_core import presets
-from a2d_core.config import ComputeConfig, Recipe, StepCompute, UserError, build, require
+from a2d_core.config import ComputeConfig, Recipe, StepCompute, StoppedError, UserError, build, require
 from a2d_core.stages.checks import MemoryFullError
 
 PROFILES = {"convert": "convert", "pretrain": "train", "sft": "train", "sample": "generate", "evaluate": "generate"}
@@ -36,10 +36,10 @@ class Refusal(MetaflowException):
 
 @contextmanager
 def told_plainly() -> Iterator[None]:
-    """Turn a `UserError` of the body, or its word that the memory is full, into a `Refusal`."""
+    """Turn a `UserError` of the body, or its word that the memory is full or that it was stopped, into a `Refusal`."""
     try:
         yield
-    except (UserError, MemoryFullError) as error:
+    except (UserError, MemoryFullError, StoppedError) as error:
         raise Refusal(str(error)) from None
 
 
@@ -83,8 +83,10 @@ def check_compute(recipe: Recipe, preset: dict[str, Any]) -> None:
     """Raise `UserError` where an override, or an objective's table, asks for a compute profile that the graph was not built with."""
 
     def fixed(compute: ComputeConfig) -> ComputeConfig:
-        parts = {name: replace(getattr(compute, name), processes=1) for name in ("convert", "train", "generate", "register")}
-        return replace(compute, **parts)  # how many processes a stage starts is its own affair
+        parts = {
+            name: replace(getattr(compute, name), processes=1, strategy="ddp") for name in ("convert", "train", "generate", "register")
+        }
+        return replace(compute, **parts)  # what processes a stage starts is its own affair
 
     wanted, built = fixed(recipe.compute), fixed(read_compute(preset))
     changed = [f"compute.{field.name}" for field in fields(ComputeConfig) if getattr(wanted, field.name) != getattr(built, field.name)]

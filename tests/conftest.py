@@ -22,7 +22,7 @@ os.environ.update(
     HTTPS_PROXY="http://127.0.0.1:9",
     NO_PROXY="localhost,127.0.0.1,::1",
 )
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("A2D_CACHE", str(CACHE / "a2d"))  # the embedded base, by content: trained once
 os.environ.setdefault("METAFLOW_USER", "tester")
 for name in ("MLFLOW_TRACKING_URI", "HF_TOKEN", "http_proxy", "https_proxy", "no_proxy"):

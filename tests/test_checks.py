@@ -34,14 +34,6 @@ def test_too_little_disk_is_noticed_before_training(tmp_path):
         checks.room_for_checkpoints(TrainConfig(), tmp_path, tmp_path / "not" / "yet" / "there")
 
 
-def test_the_newest_checkpoint_is_a_complete_one(tmp_path):
-    for name, is_complete in (("checkpoint-9", True), ("checkpoint-10", True), ("checkpoint-20", False), ("checkpoint-final", True)):
-        (tmp_path / name).mkdir()
-        if is_complete:
-            (tmp_path / name / "trainer_state.json").write_text("{}")
-    assert checks.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-
-
 @pytest.mark.parametrize(
     "error",
     [WorkerError("rank 1 failed", rank=1, kind="OutOfMemoryError"), RuntimeError("CUDA error: out of memory")],

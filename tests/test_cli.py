@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import sys
 
 import pytest
@@ -88,8 +89,10 @@ def test_the_presets_are_listed(run):
 def test_a_plan_is_a_recipe(run, tmp_path):
     code, out, _ = run("plan", "--preset", "tiny", "--objective", "mdlm", "--set", "sft.max_steps=7", "--seed", 3)
     assert code == 0
-    assert (json.loads(out)["seed"], json.loads(out)["sft"]["max_steps"]) == (3, 7)
-    (tmp_path / "plan.json").write_text(out)
+    plain = json.loads(out[: out.index("\n}") + 2])
+    assert (plain["seed"], plain["sft"]["max_steps"]) == (3, 7)
+    assert "FLOPs" in out
+    (tmp_path / "plan.json").write_text(json.dumps(plain))
     assert run("plan", "--preset", tmp_path / "plan.json", "--objective", "mdlm") == (0, out, "")
 
 
@@ -113,6 +116,14 @@ def test_a_mistake_in_the_recipe_is_refused(fails, checkpoint, tmp_path):
 def test_rows_must_hold_whole_blocks_of_the_checkpoint(fails, checkpoint, tmp_path):
     sft = ("sft", "--model", checkpoint, "--output-dir", tmp_path / "out")
     assert "max_length=100 is not a multiple of convert.block_size=16: use 96" in fails(*sft, "--set", "max_length=100")
+
+
+def test_processes_that_cannot_meet_are_refused(fails, checkpoint, tmp_path):
+    sft = ("sft", "--model", checkpoint, "--output-dir", tmp_path / "out")
+    assert "unknown strategy 'zero9'" in fails(*sft, "--strategy", "zero9")
+    assert "2 nodes need the address of node 0 as HOST:PORT, not None" in fails(*sft, "--nodes", 2)
+    assert "node_rank=2 is none of 0 to 1" in fails(*sft, "--nodes", 2, "--node-rank", 2, "--main-address", "a:1")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_must_be_a_diffusion_checkpoint(fails, checkpoint, tmp_path):
@@ -151,14 +162,20 @@ def test_an_output_directory_that_cannot_be_made_is_refused(fails, checkpoint):
     assert "cannot write to output directory '/proc/a2d'" in fails("sft", "--model", checkpoint, "--output-dir", "/proc/a2d")
 
 
-def test_prompts_are_read_from_text_and_json_lines(tmp_path, fails, checkpoint):
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    (tmp_path / "a.jsonl").write_text('"one"\n{"prompt": "two"}\n')
+def test_what_cannot_be_sampled_is_refused(tmp_path, fails, checkpoint):
     (tmp_path / "b.jsonl").write_text('{"question": "two"}\n')
-    assert commands._read_prompts(tmp_path / "a.txt") == commands._read_prompts(tmp_path / "a.jsonl") == ["one", "two"]
-    sample = ("sample", "--model", checkpoint, "--output-dir", tmp_path / "out", "--prompts")
-    assert "an object with the key 'prompt'" in fails(*sample, tmp_path / "b.jsonl")
-    assert "there is no prompt file" in fails(*sample, tmp_path / "c.jsonl")
+    (tmp_path / "there.jsonl").write_text("")
+    sample = ("sample", "--model", checkpoint)
+    out = ("--output-dir", tmp_path / "out")
+    assert "b.jsonl, line 1: it must be" in fails(*sample, *out, "--prompts", tmp_path / "b.jsonl")
+    assert "there is no prompt file" in fails(*sample, *out, "--prompts", tmp_path / "c.jsonl")
+    assert "give a file with the ending .jsonl" in fails(*sample, "--output", tmp_path / "a.txt")
+    assert "go on from it with --resume, replace it with --overwrite" in fails(*sample, "--output", tmp_path / "there.jsonl")
+    assert "give a file .html in a folder that exists" in fails(*sample, *out, "--animate", tmp_path / "none" / "a.html")
+    assert "replays answers, not infills" in fails(*sample, *out, "--infill", "--animate", tmp_path / "a.html")
+    assert "there is no MLflow database" in fails("chat", "--model", "models:/name/1")
+    assert "--pace -1.0: give seconds" in fails("chat", "--model", checkpoint, "--pace", -1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_mlflow_server_that_does_not_answer_is_named(fails, checkpoint, tmp_path):
@@ -211,6 +228,19 @@ def test_samples_are_told_and_written(run, trained, tmp_path):
     assert [row["prompt"] for row in rows] == ["Upper: sea"]
 
 
+def test_a_file_of_prompts_is_answered_gone_on_with_and_replaced(run, trained, tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "Upper: {word}", "id": {n}}}\n' for n, word in enumerate("abcdefghij")))
+    sample = ("sample", "--model", trained / "s" / "checkpoint-final", "--set", "max_new_tokens=8", "--prompts", tmp_path / "p.jsonl")
+    code, out, _ = run(*sample, "--output", tmp_path / "o.jsonl", "--animate", tmp_path / "o.html")
+    assert code == 0 and (tmp_path / "o.html").stat().st_size < 100_000
+    assert "10 prompts answered, 0 skipped" in out and out.count("evaluations") == commands.SHOWN
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == list(range(10))
+    (tmp_path / "o.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[3:]))
+    assert "3 prompts answered, 7 skipped" in run(*sample, "--output", tmp_path / "o.jsonl", "--resume")[1]
+    assert "10 prompts answered, 0 skipped" in run(*sample, "--output", tmp_path / "o.jsonl", "--overwrite")[1]
+
+
 def test_scores_are_told_and_written(run, trained, tmp_path):
     model, baseline = trained / "s" / "checkpoint-final", trained / "c"
     smoke = ("evaluate", "--preset", "smoke", "--output-dir", tmp_path / "out", "--model", model)
@@ -230,6 +260,22 @@ def test_an_interrupted_training_is_resumed(run, trained, tmp_path):
         (tmp_path / "out" / name).rename(tmp_path / name)
     assert run(*sft, "--resume")[0] == 0
     final = [(folder / "checkpoint-final" / "model.safetensors").read_bytes() for folder in (tmp_path, tmp_path / "out")]
+    assert final[0] == final[1]
+
+
+def test_a_training_that_sigterm_stopped_is_resumed(run, trained, tmp_path, monkeypatch):
+    from a2d_core import trainer
+
+    sft = ("sft", "--preset", "smoke", "--model", trained / "c", "--output-dir")
+    assert run(*sft, tmp_path / "straight")[0] == 0
+    step = trainer.DiffusionTrainer.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.DiffusionTrainer, "training_step", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), step(*args))[1])
+        code, _, told = run(*sft, tmp_path / "out")
+    assert code == 143
+    assert f"stopped by SIGTERM at step 1 of 4, with nothing lost: the last good checkpoint is '{tmp_path}/out/checkpoint-1'" in told
+    assert run(*sft, tmp_path / "out", "--resume")[0] == 0
+    final = [(tmp_path / name / "checkpoint-final" / "model.safetensors").read_bytes() for name in ("straight", "out")]
     assert final[0] == final[1]
 
 

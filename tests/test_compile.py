@@ -199,9 +199,9 @@ def test_batch_has_its_queue_and_refuses_what_is_kubernetes_own():
         flow_compute.read_compute(preset)
 
 
-def test_an_override_may_change_the_processes_of_a_step_and_nothing_else_of_the_profile():
+def test_an_override_may_change_the_processes_of_a_step_and_their_strategy_and_nothing_else_of_the_profile():
     preset = presets.read("tiny")
-    flow_compute.check_compute(presets.resolve(preset, "bd3lm", ["compute.train.processes=2"]), preset)
+    flow_compute.check_compute(presets.resolve(preset, "bd3lm", ["compute.train.processes=2", "compute.train.strategy=fsdp2"]), preset)
     with pytest.raises(flow_compute.UserError, match=r"compute\.train cannot be changed"):
         flow_compute.check_compute(presets.resolve(preset, "bd3lm", ["compute.train.cpu=9"]), preset)
     preset["mdlm"] = {"compute": {"platform": "batch"}}

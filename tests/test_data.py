@@ -225,3 +225,13 @@ def test_row_numbers_go_through():
 def test_a_fill_of_blocks_without_blocks_is_refused():
     with pytest.raises(UserError, match="needs an objective with blocks"):
         data.DiffusionCollator(ONE_BLOCK, EOS, "block")
+
+
+def test_a_digest_stands_for_the_rows_and_their_number():
+    def rows(texts, length=4):
+        return data.pretraining_rows(Dataset.from_dict({"text": texts}), TOKENIZER, length, True)[0]
+
+    first = data.digest(rows(TEXTS))
+    assert data.digest(rows(list(TEXTS))) == first
+    others = (rows([*TEXTS[:-1], "unicode"]), rows(TEXTS[::-1]), rows(TEXTS, 5), rows(TEXTS + TEXTS), rows(TEXTS).select([]))
+    assert len({first, *map(data.digest, others)}) == 6

@@ -9,12 +9,12 @@ from dataclasses import replace
 import families
 import pytest
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from a2d_core import embedded, models, sampling, tasks
+from a2d_core import embedded, models, perplexity, sampling, tasks
 from a2d_core.config import EvaluateConfig, SampleConfig, UserError
 from a2d_core.models import DiffusionModel
-from a2d_core.sampling import Generation
+from a2d_core.sampling import Event, Generation
 from a2d_core.stages import evaluate
 
 SAMPLE = SampleConfig(threshold=0.9)
@@ -81,12 +81,13 @@ def test_a_perfect_model_scores_one_on_every_held_out_word(checkpoints, tmp_path
     answers = {c["messages"][0]["content"]: c["messages"][1]["content"] for c in embedded.instructions("test")}
     budgets = set()
 
-    def oracle(model, prompts, config, **_):
-        budgets.add(config.max_new_tokens)
-        asked = [model.tokenizer.decode(p).removeprefix("<|user|>").removesuffix("<|end|><|assistant|>") for p in prompts]
-        return [Generation(model.tokenizer(answers[question])["input_ids"], 1, True) for question in asked]
+    def oracle(model, prompts, config, *, max_new_tokens, **_):
+        budgets.update(max_new_tokens)
+        for row, prompt in enumerate(prompts):
+            answer = answers[model.tokenizer.decode(prompt).removeprefix("<|user|>").removesuffix("<|end|><|assistant|>")]
+            yield Event(row, 1, generation=Generation(model.tokenizer(answer)["input_ids"], 1, True, answer, 0.0))
 
-    monkeypatch.setattr(sampling, "generate", oracle)
+    monkeypatch.setattr(sampling, "stream", oracle)
     results = evaluate.run(EvaluateConfig(text_dataset=None), SAMPLE, checkpoints["mdlm"], tmp_path)
     assert results["text"] is None
     assert [(row["value"], row["stderr"], row["baseline"]) for row in results["tasks"]] == [(1.0, 0.0, None)] * 6
@@ -196,7 +197,7 @@ def test_uniform_models_score_the_log_of_the_number_of_allowed_tokens(checkpoint
         with torch.no_grad():
             network.lm_head.weight.zero_()
         network.save_pretrained(tmp_path / name)
-        models.AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path / name)
     text = evaluate.run(NO_TASKS, SAMPLE, tmp_path / "uniform", tmp_path / "out", source_dir=tmp_path / "uniform_source")["text"]
     tokens = len(embedded.build_tokenizer())
     assert text["nelbo"] == pytest.approx(math.log(tokens), rel=1e-5)  # of the converted model's tokens all but the mask token
@@ -216,7 +217,7 @@ def test_the_text_score_does_not_depend_on_the_batch_size(checkpoints, tmp_path)
 
 def test_scored_text_is_held_out(checkpoints):
     model = models.load(checkpoints["mdlm"])
-    rows = evaluate.held_out_rows(EvaluateConfig(text_rows=20, text_length=64), model, seed=0)
+    rows = perplexity.rows_of_text(EvaluateConfig(text_rows=20, text_length=64), model, seed=0)
     held_out = model.tokenizer.eos_token.join(embedded.corpus_split()[1])
     assert rows.shape == (20, 64)
     assert all(model.tokenizer.decode(row) in held_out for row in rows)

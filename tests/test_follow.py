@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from a2d_core.config import UserError
+from a2d_core import checkpoints
+from a2d_core.config import StoppedError, UserError
 from a2d_core.follow import Follower
 
 
@@ -49,10 +50,8 @@ def write(output, *rows, end="\n"):
 
 
 def checkpoint(output, step):
-    folder = output / f"checkpoint-{step}"
-    folder.mkdir()
-    (folder / "weights").write_text(str(step))
-    (folder / "trainer_state.json").write_text("{}")
+    with checkpoints.whole(output / f"checkpoint-{step}") as folder:
+        (folder / "weights").write_text(str(step))
 
 
 def until(condition):
@@ -99,13 +98,43 @@ def test_complete_checkpoints_are_handed_over_and_outlive_the_trainers_own_clean
 
     with follow(output, log, on_checkpoint=keep):
         (output / "checkpoint-5").mkdir()
-        (output / "checkpoint-5" / "trainer_state.json").write_text('{"global')  # half written
+        (output / "checkpoint-5" / "weights").write_text("half writ")
         (output / "checkpoint-final").mkdir()
         checkpoint(output, 10)
         until(lambda: 10 in kept)
         checkpoint(output, 20)
     assert kept == {10: "10", 20: "20"}
     assert not list(output.parent.glob("keep-*"))
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_copied_is_not_handed_over(output, log, monkeypatch):
+    kept = []
+    copytree = shutil.copytree
+
+    def late(source, target, **options):
+        (source / "weights").unlink()  # the trainer's clean-up is at it
+        return copytree(source, target, **options)
+
+    checkpoint(output, 10)
+    with monkeypatch.context() as patch, follow(output, log, on_checkpoint=lambda step, _: kept.append(step)):
+        patch.setattr(shutil, "copytree", late)
+        until(lambda: not (output / "checkpoint-10" / "weights").exists())
+        patch.undo()
+        checkpoint(output, 20)
+    assert kept == [20]
+
+
+def test_the_checkpoint_of_a_training_that_was_stopped_is_handed_over(output, log):
+    kept = []
+
+    def train():
+        with follow(output, log, on_checkpoint=lambda step, _: kept.append(step)):
+            checkpoint(output, 3)
+            raise StoppedError("stopped by SIGTERM at step 3")
+
+    with pytest.raises(StoppedError):
+        train()
+    assert kept == [3]
 
 
 def test_an_error_of_a_callback_surfaces_at_the_end_and_stops_nothing_else(output, log, capsys):

@@ -281,7 +281,7 @@ def test_lm_eval_finds_the_classes_by_name_and_passes_settings_on(checkpoints):
 
 
 def test_a_checkpoint_of_the_other_objective_is_refused(checkpoints):
-    with pytest.raises(UserError, match="is a mdlm checkpoint: evaluate it as a2d_mdlm"):
+    with pytest.raises(UserError, match="is a checkpoint for mdlm, not for bd3lm: ask for mdlm"):
         get_model("a2d_bd3lm")(pretrained=checkpoints["mdlm"])
 
 

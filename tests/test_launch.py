@@ -2,10 +2,13 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,20 @@ def write_pids_and_sleep(folder: str) -> None:
 
     (Path(folder) / f"{torch.distributed.get_rank()}.pid").write_text(f"{os.getpid()} {os.getppid()}")
     time.sleep(120)
+
+
+def fail_in_rank_zero(how: str) -> None:
+    import torch
+
+    if torch.distributed.get_rank() == 0:
+        raise UserError(how)
+    time.sleep(60)
+
+
+def strategy_of_this_process() -> list:
+    import torch
+
+    return [torch.distributed.get_world_size(), os.environ.get("ACCELERATE_USE_FSDP")]
 
 
 def echo(**kwargs) -> dict:
@@ -108,6 +125,75 @@ def test_a_killed_rank_is_named():
     with pytest.raises(launch.WorkerError, match=r"rank 1 ended without a message \(SIGKILL\)") as caught:
         launch.run("test_launch:fail_in_rank_one", {"how": "killed"}, processes=2)
     assert caught.value.kind == "SIGKILL"
+
+
+def test_a_strategy_is_followed_by_one_process_too():
+    assert launch.run("test_launch:strategy_of_this_process", {}, processes=1, strategy="fsdp2") == [1, "true"]
+
+
+# --- several nodes ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nodes():
+    """Two nodes that meet on the loopback interface."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [launch.Nodes(2, rank, address, meeting_seconds=60) for rank in (0, 1)]
+
+
+def on_nodes(nodes, target, kwargs):
+    """What `launch.run` returns or raises on each node; `kwargs` of each."""
+
+    def run(node, kwargs):
+        try:
+            return launch.run(target, kwargs, processes=1, nodes=node)
+        except (UserError, launch.WorkerError) as error:
+            return error
+
+    with ThreadPoolExecutor(len(nodes)) as pool:
+        return list(pool.map(run, nodes, kwargs))
+
+
+def test_two_nodes_meet_and_each_returns_the_result_of_rank_zero(nodes):
+    first, second = on_nodes(nodes, "test_launch:sum_of_ranks", [{"start": 10}] * 2)
+    assert first == second
+    assert (first["sum"], first["world"]) == (21, 2)
+
+
+def test_a_failure_on_one_node_is_told_on_both(nodes):
+    for error in on_nodes(nodes, "test_launch:fail_in_rank_one", [{"how": "error"}] * 2):
+        assert str(error).startswith("rank 1 failed: ZeroDivisionError: the loss has no tokens")
+    for error in on_nodes(nodes, "test_launch:fail_in_rank_zero", [{"how": "word for word"}] * 2):
+        assert isinstance(error, UserError)
+        assert str(error) == "word for word"
+
+
+def test_a_node_that_was_given_other_arguments_is_refused_on_both(nodes):
+    for error in on_nodes(nodes, "test_launch:sum_of_ranks", [{"start": 10}, {"start": 11}]):
+        assert isinstance(error, UserError)
+        assert "node 1 was started with start=11, and node 0 has 10" in str(error)
+
+
+@pytest.mark.parametrize("present", [0, 1])
+def test_a_node_that_does_not_come_is_waited_for_until_the_time_limit(nodes, present):
+    with pytest.raises(UserError, match=r"the 2 nodes did not meet at 127\.0\.0\.1:\d+ within 3 seconds"):
+        launch.run("test_launch:sum_of_ranks", {"start": 10}, processes=1, nodes=replace(nodes[present], meeting_seconds=3))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0,), "at least 1, not 0"),
+        ((2, 2, "a:1"), "none of 0 to 1"),
+        ((2, 0), "as HOST:PORT, not None"),
+        ((2, 0, "a"), "HOST:PORT, not 'a'"),
+    ],
+)
+def test_nodes_are_checked(values, message):
+    with pytest.raises(UserError, match=message):
+        launch.Nodes(*values)
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["SIGKILL", "SIGTERM", "SIGINT"])

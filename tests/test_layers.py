@@ -10,20 +10,75 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["config", "noise", "loss"],
-    ["attention", "objectives", "store", "launch", "presets", "follow"],
-    ["models", "embedded", "data", "tracking", "tasks"],
-    ["likelihood", "sampling", "scoring"],
-    ["trainer", "harness", "pyfunc_model", "registry", "chat"],
+    [
+        "attention",
+        "objectives",
+        "store",
+        "strategies",
+        "launch",
+        "presets",
+        "checkpoints",
+        "follow",
+        "published",
+        "gate",
+        "review",
+        "suites",
+        "sandbox_child",
+        "sandbox",
+    ],
+    ["reading", "lora", "models", "conversion", "embedded", "data", "tracking", "tasks"],
+    ["likelihood", "cache", "policies", "sampling", "infill", "watch", "replay", "scoring"],
+    ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat", "terminal", "report", "perplexity"],
     ["stages"],
-    ["commands"],
+    ["plan", "commands"],
     ["__main__"],
 ]
 """Lowest first; a room imports from lower layers, and from those that stand before it in its own."""
 ORDER = [room for layer in LAYERS for room in layer]
 FILES = sorted((ROOT / "a2d_core").rglob("*.py"))
-NUMERIC_CORE = ["config", "noise", "objectives", "attention", "models", "loss", "likelihood", "sampling", "trainer", "launch", "chat"]
-QUICK = ["config", "presets", "launch", "store", "follow", "tracking", "stages.checks", "commands", "__main__"]
-PIPELINE = {"metaflow", "mlflow", "datasets", "lm_eval"}
+NUMERIC_CORE = [
+    "config",
+    "noise",
+    "objectives",
+    "attention",
+    "reading",
+    "models",
+    "conversion",
+    "loss",
+    "likelihood",
+    "cache",
+    "policies",
+    "sampling",
+    "infill",
+    "guard",
+    "trainer",
+    "launch",
+    "watch",
+    "chat",
+    "terminal",
+]
+QUICK = [
+    "config",
+    "presets",
+    "strategies",
+    "suites",
+    "report",
+    "launch",
+    "store",
+    "checkpoints",
+    "follow",
+    "tracking",
+    "gate",
+    "review",
+    "registry",
+    "stages.checks",
+    "stages.register",
+    "plan",
+    "published",
+    "commands",
+    "__main__",
+]
+PIPELINE = {"peft", "metaflow", "mlflow", "datasets", "lm_eval"}
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "pandas"} | PIPELINE
 
 

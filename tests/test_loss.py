@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from a2d_core import loss
 from a2d_core.loss import Head
@@ -65,3 +66,14 @@ def test_bfloat16_keeps_the_weights_gradient_in_float32() -> None:
         total, _ = loss.weighted_cross_entropy(hidden, weight, None, target, coefficient, Head())
     (found,) = torch.autograd.grad(total, weight)
     assert found.dtype == torch.float32 and torch.allclose(found, exact, atol=0.1, rtol=0.05)
+
+
+def test_a_frozen_head_has_no_gradient_spares_its_product_and_leaves_that_of_the_hidden_states_as_it_is() -> None:
+    hidden, weight, bias, target, coefficient = tensors()
+    with FlopCounterMode(display=False) as trained:
+        loss.weighted_cross_entropy(hidden, weight, bias, target, coefficient, Head())[0].backward()
+    frozen, still, fixed = hidden.detach().requires_grad_(), weight.detach(), bias.detach()
+    with FlopCounterMode(display=False) as spared:
+        loss.weighted_cross_entropy(frozen, still, fixed, target, coefficient, Head())[0].backward()
+    assert torch.equal(frozen.grad, hidden.grad) and still.grad is None and fixed.grad is None
+    assert spared.get_total_flops() * 3 == trained.get_total_flops() * 2

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from families import FAMILIES, diffusion_model, network
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from a2d_core import embedded, models
+from a2d_core import conversion, embedded, models
 from a2d_core.config import ConvertConfig, UserError
 
 
@@ -29,7 +32,7 @@ def source(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 @pytest.mark.parametrize("source", FAMILIES, indirect=True)
 def test_every_family_converts_with_the_same_weights_and_passes_the_proofs(source: Path, tmp_path: Path) -> None:
     before = transformers.AutoModelForCausalLM.from_pretrained(source).state_dict()
-    models.convert(ConvertConfig(block_size=4), "bd3lm", source, tmp_path / "out")
+    conversion.convert(ConvertConfig(block_size=4), "bd3lm", source, tmp_path / "out")
     model = models.load(tmp_path / "out")
     for name, weight in model.network.state_dict().items():
         assert torch.equal(weight[: len(before[name])] if weight.dim() else weight, before[name]), name
@@ -39,15 +42,15 @@ def test_every_family_converts_with_the_same_weights_and_passes_the_proofs(sourc
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma3", "mistral"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma3_text", "mistral"])
 def test_the_proofs_hold_for_sdpa_and_eager_attention(family: str, attention: str) -> None:
-    models.prove(diffusion_model(family=family, attn_implementation=attention))
+    conversion.prove(diffusion_model(family=family, attn_implementation=attention))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_at_chosen_positions_are_those_of_the_whole_network(family: str) -> None:
     model = diffusion_model(family=family)
-    model.spec = models._measure_head(model)
+    model.spec = conversion.measure_head(model)
     ids = torch.arange(3, 15)[None]
     expected = model.network(input_ids=ids).logits.float()
     hidden = model.network.base_model(input_ids=ids).last_hidden_state
@@ -59,24 +62,68 @@ def test_logits_at_chosen_positions_are_those_of_the_whole_network(family: str) 
 
 def test_a_network_that_stays_causal_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model = diffusion_model()
-    monkeypatch.setattr(model, "_masks", lambda query, key: None)
-    with pytest.raises(UserError, match=r"Qwen3ForCausalLM \(model_type 'qwen3'\) cannot be converted.*does not see a later one"):
-        models.prove(model)
+    monkeypatch.setattr(model, "masks", lambda query, key: None)
+    with pytest.raises(
+        UserError, match=r"Qwen3ForCausalLM \(model_type 'qwen3'\) cannot be converted: in layer 0 slot 0 does not see slot 1"
+    ):
+        conversion.prove(model)
 
 
 def test_a_leaking_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = diffusion_model()
     everything = lambda query, key: torch.ones(1, 1, query.position.shape[1], key.position.shape[1], dtype=torch.bool)  # noqa: E731
-    monkeypatch.setattr(model, "_masks", everything)
+    monkeypatch.setattr(model, "masks", everything)
     with pytest.raises(UserError, match="a leak"):
-        models.prove(model)
+        conversion.prove(model)
+
+
+@pytest.mark.parametrize(
+    ("sees", "message"),
+    [
+        (lambda mask: mask & torch.ones_like(mask).tril(), r"in layer 1 slot 0 does not see slot 1 \(still causal\)"),
+        (lambda mask: torch.ones_like(mask), r"in layer 1 slot 0 sees slot 2, which is masked \(a leak\)"),
+    ],
+    ids=["causal", "leaking"],
+)
+def test_one_layer_that_has_a_mask_of_its_own_is_found_and_named(sees: Callable[[Tensor], Tensor], message: str) -> None:
+    """The other layer hides it: what comes out of the network moves, and is moved, as it should be."""
+    model = diffusion_model()
+
+    def change(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return args, {**kwargs, "attention_mask": sees(kwargs["attention_mask"])}
+
+    model.network.model.layers[1].register_forward_pre_hook(change, with_kwargs=True)
+    with pytest.raises(UserError, match=message):
+        conversion.prove(model)
+
+
+def test_what_mixes_positions_outside_of_the_layers_is_refused() -> None:
+    model = diffusion_model()
+    model.network.model.norm.register_forward_hook(lambda _module, _args, out: out + out.mean(1, keepdim=True))
+    with pytest.raises(UserError, match="a leak outside of the attention"):
+        conversion.prove(model)
+
+
+def test_a_window_that_the_network_does_not_have_is_noticed() -> None:
+    model = diffusion_model(family="mistral")
+    own = model.masks
+    model.masks = lambda query, key: own(query, key) & (query.position[0, :, None] - key.position[0] < 3)  # narrower than its 6
+    with pytest.raises(UserError, match=r"does not see|differ from the autoregressive network"):
+        conversion.prove(model)
+
+
+def test_every_kernel_of_the_family_is_proved(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proved = []
+    monkeypatch.setattr(conversion, "prove", lambda model: proved.append(model.network.config._attn_implementation))
+    model = conversion.convert(ConvertConfig(), "mdlm", source, tmp_path / "out")
+    assert proved == ["sdpa", "eager"] and model.network.config._attn_implementation == "sdpa"
 
 
 def test_a_network_that_ignores_positions_is_refused() -> None:
     bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=100, hidden_size=32, n_layer=2, n_head=4)).eval()
     model = models.DiffusionModel(bloom, embedded.build_tokenizer(), models.Spec("bd3lm", 4, 99))
     with pytest.raises(UserError, match="BloomForCausalLM"):
-        models.prove(model)
+        conversion.prove(model)
 
 
 def test_changed_weights_are_noticed() -> None:
@@ -85,7 +132,7 @@ def test_changed_weights_are_noticed() -> None:
     with torch.no_grad():
         model.network.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     with pytest.raises(UserError, match=r"layers\.0\.mlp.up_proj.weight' changed"):
-        models.prove(model, before)
+        conversion._prove_weights(model, before)
 
 
 @pytest.mark.parametrize(
@@ -104,20 +151,20 @@ def test_what_cannot_be_converted_is_refused_by_name(config: transformers.PreTra
         config.save_pretrained(tmp_path)
     embedded.build_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=message):
-        models.convert(ConvertConfig(), "mdlm", tmp_path, tmp_path / "out")
+        conversion.convert(ConvertConfig(), "mdlm", tmp_path, tmp_path / "out")
 
 
 def test_an_existing_mask_token_is_used_and_no_row_is_added(source: Path, tmp_path: Path) -> None:
     tokenizer = embedded.build_tokenizer()
     tokenizer.mask_token = "~"
     tokenizer.save_pretrained(source)
-    model = models.convert(ConvertConfig(), "mdlm", source, tmp_path / "out")
+    model = conversion.convert(ConvertConfig(), "mdlm", source, tmp_path / "out")
     assert model.spec.mask_token_id == tokenizer.convert_tokens_to_ids("~")
     assert model.network.get_input_embeddings().weight.shape[0] == len(tokenizer)
 
 
 def test_a_new_mask_row_has_the_norm_of_the_others_and_is_no_tokens_double(source: Path, tmp_path: Path) -> None:
-    model = models.convert(ConvertConfig(), "mdlm", source, tmp_path / "out")
+    model = conversion.convert(ConvertConfig(), "mdlm", source, tmp_path / "out")
     rows = model.network.get_input_embeddings().weight
     norms, mask = rows[:-1].norm(dim=1), rows[model.spec.mask_token_id]
     assert norms.min() * 0.7 < mask.norm() < norms.max() * 1.3
@@ -136,7 +183,7 @@ def test_a_missing_model_is_a_clear_error(path: str, message: str) -> None:
 
 
 def test_saving_and_loading_changes_nothing(source: Path, tmp_path: Path) -> None:
-    made = models.convert(ConvertConfig(block_size=8, dtype="bfloat16"), "bd3lm", source, tmp_path / "a")
+    made = conversion.convert(ConvertConfig(block_size=8, dtype="bfloat16"), "bd3lm", source, tmp_path / "a")
     loaded = models.load(tmp_path / "a", dtype=torch.float32)
     assert loaded.spec == models.load(tmp_path / "a").spec and loaded.stored_dtype == torch.bfloat16
     loaded.network.to(loaded.stored_dtype)

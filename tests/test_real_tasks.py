@@ -7,7 +7,7 @@ import families
 import pytest
 from lm_eval.tasks import TaskManager
 
-from a2d_core import models, tasks
+from a2d_core import models, perplexity, tasks
 from a2d_core.config import EvaluateConfig, SampleConfig, UserError
 from a2d_core.harness import DiffusionLM
 from a2d_core.models import DiffusionModel
@@ -131,7 +131,7 @@ def no_forward(monkeypatch):
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_refused_before_any_work(names, changes, message, checkpoints, datasets, tmp_path, no_forward, monkeypatch):
-    monkeypatch.setattr(evaluate, "held_out_rows", None)
+    monkeypatch.setattr(perplexity, "rows_of_text", None)
     wanted = {name: path for name, path in datasets.items() if any(part.startswith(name) for part in names)}
     changes = {"datasets": wanted, **changes}
     changes["datasets"] = {name: str(tmp_path) if path == "here" else path for name, path in changes["datasets"].items()}

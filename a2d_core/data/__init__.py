@@ -6,6 +6,7 @@ wrong with the data is said here, before any training.
 """
 
 from a2d_core.data.batches import DiffusionCollator
+from a2d_core.data.cache import digest
 from a2d_core.data.conversations import conversation_rows, end_of_turn
 from a2d_core.data.sources import load_conversations, load_documents
 from a2d_core.data.streams import open_stream, stream_rows
@@ -14,6 +15,7 @@ from a2d_core.data.text import pretraining_rows
 __all__ = [
     "DiffusionCollator",
     "conversation_rows",
+    "digest",
     "end_of_turn",
     "load_conversations",
     "load_documents",

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from a2d_core import checkpoints, published
 from a2d_core.config import TrainConfig, UserError, require
 
 MADE_HERE = ("checkpoint-*", "metrics.jsonl", "samples.jsonl", "results.json")
 """Files by which the output of a stage is known, and may be replaced; a converted model is known by its `a2d` entry."""
-STATE_BYTES_PER_PARAMETER = 16
-"""A training checkpoint: float32 weights and AdamW's two moments, and as much again for what else is written."""
+STATE_BYTES_PER_PARAMETER = 12
+"""A training checkpoint: float32 weights and AdamW's two moments."""
 FINAL_BYTES_PER_PARAMETER = 4
 
 
@@ -46,8 +47,10 @@ def _made_ready(path: Path, resume: bool, overwrite: bool, inputs: tuple[str | P
         require(overwrite, f"output directory '{path}' is not empty: choose another, or replace what is in it with --overwrite")
         inside = [str(i) for i in inputs if Path(i).exists() and Path(i).resolve().is_relative_to(path.resolve())]
         require(not inside, f"--overwrite would delete '{path}' with the input {', '.join(inside)} in it: choose another output directory")
-        is_ours = read_spec(path) is not None or any(next(path.glob(name), None) for name in MADE_HERE)
-        require(is_ours, f"'{path}' does not look like the output of a stage, so it is not deleted: empty it yourself, or choose another")
+        is_ours = (read_spec(path) or {}).get("objective") or any(next(path.glob(name), None) for name in MADE_HERE)
+        require(
+            bool(is_ours), f"'{path}' does not look like the output of a stage, so it is not deleted: empty it yourself, or choose another"
+        )
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
@@ -55,10 +58,13 @@ def _made_ready(path: Path, resume: bool, overwrite: bool, inputs: tuple[str | P
 
 
 def read_spec(model_dir: str | Path) -> dict[str, Any] | None:
-    """The `a2d` entry of a checkpoint directory's config.json; None where there is none."""
+    """The `a2d` entry of a checkpoint directory's config.json; None where there is none.
+
+    A published checkpoint (`published`) has none and still is one: its objective is None.
+    """
     path = Path(model_dir) / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("a2d") if path.is_file() else None
+        return published.entry(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
     except (ValueError, AttributeError):
         raise UserError(f"{path} is not the JSON of a Hugging Face model: the file is damaged") from None
 
@@ -66,24 +72,30 @@ def read_spec(model_dir: str | Path) -> dict[str, Any] | None:
 def room_for_checkpoints(config: TrainConfig, model_dir: str | Path, output_dir: str | Path) -> None:
     """Raise `UserError` where the disk of `output_dir` has no room for the checkpoints that the training will keep."""
     count = parameters(model_dir)
-    needed = count * (STATE_BYTES_PER_PARAMETER * config.keep_checkpoints + FINAL_BYTES_PER_PARAMETER)
+    trained = parameters(model_dir, config.lora_rank) if config.lora_rank else count
+    most = config.keep_checkpoints + 1  # one goes when the next is whole
+    needed = trained * STATE_BYTES_PER_PARAMETER * most + count * FINAL_BYTES_PER_PARAMETER
     there = next(folder for folder in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     require(
         needed <= free,
-        f"too little disk at '{output_dir}': {config.keep_checkpoints} training checkpoints and the final one of a model with "
+        f"too little disk at '{output_dir}': {most} training checkpoints and the final one of a model with "
         f"{count / 1e6:.1f} million parameters need about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: "
         "lower keep_checkpoints, free some space, or choose another output directory",
     )
 
 
-def parameters(model_dir: str | Path) -> int:
-    """Parameters of a checkpoint directory, counted in the headers of its safetensors files; 0 where there are none."""
+def parameters(model_dir: str | Path, lora_rank: int | None = None) -> int:
+    """Parameters of a checkpoint directory, counted in the headers of its safetensors files; 0 where there are none.
+
+    With `lora_rank`: at most those of adapters of that rank on every matrix.
+    """
     count = 0
     for path in Path(model_dir).glob("*.safetensors"):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+        count += sum(math.prod(s) if lora_rank is None else math.prod(s[:-2]) * lora_rank * sum(s[-2:]) for s in shapes)
     return count
 
 
@@ -107,11 +119,13 @@ def intact(model_dir: str | Path) -> None:
         raise UserError(f"'{directory}' is damaged: the header of its weights cannot be read. Copy or make it again") from None
 
 
-def newest_checkpoint(output_dir: str | Path) -> str:
-    """The newest complete `checkpoint-N` of an interrupted training; raises `UserError` where there is none."""
-    found = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdecimal()]
-    require(bool(found), f"'{output_dir}' holds no checkpoint to resume from: start without --resume")
-    return str(max(found, key=lambda path: int(path.name[11:])))
+def newest_checkpoint(output_dir: str | Path, *, required: bool = True) -> str | None:
+    """The newest whole `checkpoint-N` of an interrupted training; where there is none, None, or `UserError` if it is required."""
+    damaged: list[str] = []
+    newest = checkpoints.newest(Path(output_dir), say=damaged.append)
+    print(*damaged, sep="\n", end="\n" * bool(damaged))
+    require(newest is not None or not required, f"'{output_dir}' holds no checkpoint to resume from: start without --resume")
+    return str(newest) if newest else None
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from a2d_core import embedded, models
+from a2d_core import conversion, embedded, registry
 from a2d_core.config import ConvertConfig, check_objective, require
 
 
@@ -19,7 +19,7 @@ def run(config: ConvertConfig, objective: str, output_dir: str | Path, *, seed: 
     source = config.model
     if source.split(":")[0] == "embedded":
         source = str(embedded.build_base(source.partition(":")[2] or "tiny"))
-    model = models.convert(config, objective, source, output_dir, seed=seed)
+    model = conversion.convert(config, objective, source, output_dir, seed=seed)
     return {
         "architecture": type(model.network).__name__,
         "parameters": sum(p.numel() for p in model.network.parameters()),
@@ -27,4 +27,5 @@ def run(config: ConvertConfig, objective: str, output_dir: str | Path, *, seed: 
         "mask_token_id": model.spec.mask_token_id,
         "block_size": model.objective.block_size,
         "source": source,
+        "weights_sha256": registry.digest(output_dir),
     }

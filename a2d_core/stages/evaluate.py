@@ -1,14 +1,20 @@
-"""Evaluate: score a checkpoint on tasks of lm-eval and on held-out text, beside the untrained model and its autoregressive source."""
+"""Evaluate: score a checkpoint on tasks of lm-eval and on text, beside the untrained model and its autoregressive source."""
 
-# Shapes: B rows of text, L positions, V vocabulary
+# Shapes: B rows of text, L positions
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import math
 import statistics
+import sys
+import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +24,27 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
 
-from a2d_core import data, embedded, launch, likelihood, models, tasks
-from a2d_core.config import EvaluateConfig, SampleConfig, UserError, build, require, to_dict
+from a2d_core import embedded, launch, models, perplexity, report, sandbox, suites, tasks
+from a2d_core.config import EvaluateConfig, SampleConfig, build, parse_override, require, to_dict
 from a2d_core.harness import DiffusionLM
 from a2d_core.models import DiffusionModel
 from a2d_core.scoring import Score
 from a2d_core.stages import checks
+from a2d_core.suites import Part
 
 Row = dict[str, Any]
+Key = tuple[str | None, int | None, int]
+"""Task, document, and the place of a request in it."""
 
 BOOTSTRAP = 1000
 """Resamples behind the standard error of a metric that has no formula for it."""
-AR_ELEMENTS = 1 << 24
-"""Logits of the autoregressive model held at once: 64 MiB of float32."""
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "lm_eval", "numpy")
+"""What a number may depend on."""
+FRONTIER = ("task", "metric", "value", "stderr", "evaluations", "tokens", "documents", "is_main")
+"""What a row of the frontier has of a row of the tasks."""
+REVEAL = ("threshold", "entropy_budget", "steps_per_block")
+"""Fields that say how many tokens an evaluation reveals: the frontier tries one of them at a time."""
 
 
 def run(
@@ -47,24 +58,29 @@ def run(
     baseline_dir: str | Path | None = None,
     pretrained_dir: str | Path | None = None,
     source_dir: str | Path | None = None,
+    objective: str | None = None,
+    champion: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Score the checkpoint at `model_dir`; write results.json (what is returned) and lm_eval.json (all that lm-eval says).
+    """Score the checkpoint at `model_dir`. Returned, and written to results.json:
 
-    `processes` > 1 share the requests out on this machine, and find the same. `tasks`: a row for each task, metric and
-    group: value, stderr, `chance` (the word tasks), `baseline` (the score of the checkpoint at `baseline_dir`), documents,
-    `failed` (documents whose metrics raised, which no mean counts, or whose likelihood is not finite), higher_is_better;
-    each sample in lm_eval.json has the standard errors and draws of its likelihoods, and says why it failed.
-    `text`: nats per token of held-out rows whose first token is
-    given: `nelbo` with its stderr over rows, `pretrained_nelbo` of the checkpoint at `pretrained_dir` (before fine-tuning, which
-    may forget how to write plain text), `baseline_nelbo`, and `ar_nll`, the loss of the autoregressive model at
-    `source_dir` on the same tokens. Tasks, data and settings are checked before the first forward pass.
+    `tasks`: a row for each task, metric and group: value, stderr, `chance` (the word tasks), `baseline` (the score of the
+    checkpoint at `baseline_dir`), `champion` (from `champion`, TASK/METRIC -> score), documents, `failed` (documents whose
+    metrics raised, which no mean counts, or whose likelihood is not finite), `evaluations` of the network and `tokens` per
+    answer, higher_is_better; `is_main` of the row that stands for a task that was asked for, or an entry of the suite, which
+    also has its name (`entry`), num_fewshot and `published`.
+    `text`: see `perplexity.summary`; `pretrained_dir` is the checkpoint before fine-tuning, which may forget how to write
+    plain text, `source_dir` the autoregressive model. `frontier`: rows of the tasks with other samplers.
+
+    Beside it: samples.jsonl, every answer; evaluation.json, all that it takes to repeat this; lm_eval.json (lm_eval_2.json ...
+    for the parts of a suite with other settings), what lm-eval says; report.html and frontier.png. `processes` > 1 share the
+    requests out on this machine, and find the same. Tasks, data and settings are checked before the first forward pass.
     """
     baseline_dir = baseline_dir if config.baseline else None
     _require_checkpoints(source_dir, model=model_dir, baseline=baseline_dir, pretrained=pretrained_dir)
-    paths = {"model_dir": model_dir, "output_dir": output_dir, "baseline_dir": baseline_dir}
-    paths |= {"pretrained_dir": pretrained_dir, "source_dir": source_dir}
+    paths = {"model_dir": model_dir, "baseline_dir": baseline_dir, "pretrained_dir": pretrained_dir, "source_dir": source_dir}
     call: Row = {name: None if path is None else str(path) for name, path in paths.items()}
-    call |= {"evaluate": to_dict(config), "sample": to_dict(sample), "seed": seed}
+    call |= {"evaluate": to_dict(config), "sample": to_dict(sample), "seed": seed, "output_dir": str(output_dir), "champion": champion}
+    call["objective"] = objective
     return launch.run("a2d_core.stages.evaluate:work", call, processes=processes)
 
 
@@ -77,40 +93,93 @@ def work(
     baseline_dir: str | None,
     pretrained_dir: str | None,
     source_dir: str | None,
+    objective: str | None,
+    champion: dict[str, float] | None,
 ) -> Row:
     """What each process does; the first one writes."""
+    started = time.perf_counter()
     config, sampler = build(EvaluateConfig, evaluate, "evaluate"), build(SampleConfig, sample, "sample")
-    with PartialState().main_process_first():  # the others find what the first has cached
-        loaded = tasks.load(config)
-    model = models.load(model_dir)
-    rows_BL = held_out_rows(config, model, seed) if config.text_dataset else None
-    results, nats_B = _score(config, sampler, model, loaded, rows_BL, seed)
+    parts = suites.parts(config, sampler, objective or (checks.read_spec(model_dir) or {})["objective"])
+    points = samplers(config.frontier, sampler)
+    with PartialState().main_process_first(), _runs_programs(config):  # the others find what the first has cached
+        loaded = [tasks.load(part.evaluate) for part in parts]
+    model = models.load(model_dir, objective=objective)
+    rows_BL = perplexity.rows_of_text(config, model, seed) if config.text_dataset else None
+    bytes_B = None if rows_BL is None else perplexity.byte_counts(model.tokenizer, rows_BL)
+    results, nats_B = _score(config, parts, loaded, model, rows_BL, seed)
+    frontier = [(name, _score_parts(_with(parts, point), loaded, model, seed)) for name, point in points.items()]
     device = model.device
     del model
-    baseline: tuple[Row | None, Tensor | None] = (None, None)
+    baseline: tuple[list[Row] | None, Tensor | None] = (None, None)
     if baseline_dir is not None:
-        baseline = _score(config, sampler, models.load(baseline_dir), loaded, rows_BL, seed)
-    summary: Row = {"tasks": table(results, baseline[0]) if results else [], "text": None}
-    if rows_BL is not None and nats_B is not None:
-        pretrained_B = None if pretrained_dir is None else score_text(config, models.load(pretrained_dir), rows_BL, seed)
-        ar_nll = None if source_dir is None else autoregressive_nll(source_dir, rows_BL, device)
-        summary["text"] = text_summary(nats_B, pretrained_B, baseline[1], ar_nll, tokens=rows_BL[:, 1:].numel())
+        baseline = _score(config, parts, loaded, models.load(baseline_dir, objective=objective), rows_BL, seed)
+    summary: Row = {"tasks": summarise(parts, results, baseline[0], champion), "text": None}
+    if rows_BL is not None and nats_B is not None and bytes_B is not None:
+        pretrained_B = (
+            None if pretrained_dir is None else perplexity.nelbo(config, models.load(pretrained_dir, objective=objective), rows_BL, seed)
+        )
+        ar_B = None if source_dir is None else perplexity.autoregressive(source_dir, rows_BL, device)
+        tokens = rows_BL[:, 1:].numel()
+        summary["text"] = perplexity.summary(nats_B, bytes_B, tokens, ar_B=ar_B, pretrained=pretrained_B, baseline=baseline[1])
+    summary["frontier"] = [
+        {"sampler": name, **{key: row[key] for key in FRONTIER}} for name, found in frontier for row in summarise(parts, found)
+    ]
     if PartialState().is_main_process:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        _write(Path(output_dir) / "results.json", summary)
-        for name, content in (("lm_eval.json", results), ("lm_eval_baseline.json", baseline[0])):
-            if content is not None:
-                _write(Path(output_dir) / name, content)
+        settings = {"evaluate": evaluate, "sample": sample, "seed": seed, "processes": PartialState().num_processes}
+        paths = {"model": model_dir, "baseline": baseline_dir, "pretrained": pretrained_dir, "source": source_dir}
+        record = settings | {"parts": [to_dict(part) for part in parts], **_surroundings(paths, device)}
+        write(Path(output_dir), summary, results, baseline[0], record, started)
     return summary
+
+
+def write(output_dir: Path, summary: Row, results: list[Row], baseline: list[Row] | None, record: Row, started: float) -> None:
+    """Write the files that `run` names."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    answers = [row for found in results for row in sample_rows(found)]
+    names = [(found, task) for found in results for task in found["samples"]]
+    nfe, draws = ([value for found, task in names for value in _numbers(found, task, name)] for name in ("nfe", "nelbo_samples"))
+    record |= {"seconds": round(time.perf_counter() - started, 3), "evaluations": sum(nfe), "nelbo_samples": sum(map(sum, draws))}
+    record["failed"] = sum(_failed(found, task) for found, task in names)
+    _write(output_dir / "results.json", summary)
+    _write(output_dir / "evaluation.json", record)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
+    (output_dir / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
+    for name, found in (("lm_eval", results), ("lm_eval_baseline", baseline or [])):
+        for i, content in enumerate(found):
+            _write(output_dir / (f"{name}.json" if i == 0 else f"{name}_{i + 1}.json"), content)
+    blocks = report.content(summary, answers, record)
+    (output_dir / "report.html").write_text(report.html("Evaluation", blocks), encoding="utf-8")
+    if summary["frontier"]:
+        (output_dir / "frontier.png").write_bytes(report.plot(summary))
 
 
 # --- tasks ----------------------------------------------------------------------------------------
 
 
-def score_tasks(config: EvaluateConfig, sample: SampleConfig, model: DiffusionModel, loaded: list[Any], seed: int) -> Row:
+def samplers(sweeps: Iterable[str], sample: SampleConfig) -> dict[str, SampleConfig]:
+    """FIELD=VALUE -> the sampler with it, for `FIELD=VALUE,VALUE...` of each sweep; what else says how many tokens are revealed is off."""
+    found = {}
+    for sweep in sweeps:
+        (path, _), values = parse_override(sweep), sweep.partition("=")[2].split(",")
+        require(path[0] in REVEAL and len(path) == 1, f"evaluate.frontier: '{sweep}' is none of {', '.join(f'{f}=...' for f in REVEAL)}")
+        for value in values:
+            name = f"{path[0]}={value.strip()}"
+            base = {field: setting for field, setting in to_dict(sample).items() if field not in REVEAL}
+            found[name] = build(SampleConfig, {**base, path[0]: parse_override(name)[1]}, f"evaluate.frontier, {name}")
+    return found
+
+
+def score_tasks(
+    config: EvaluateConfig,
+    sample: SampleConfig,
+    model: DiffusionModel,
+    loaded: list[Any],
+    seed: int,
+    generation: dict[str, Any] | None = None,
+) -> Row:
     """The results of lm-eval, with every sample, as its documentation describes them; and what `run` says of failures.
 
-    Empty in all processes but the first.
+    `generation` wins over the tasks' own generation arguments. Empty in all processes but the first.
     """
     leaves = tasks.leaves(loaded)
     lm = DiffusionLM(
@@ -134,6 +203,7 @@ def score_tasks(config: EvaluateConfig, sample: SampleConfig, model: DiffusionMo
             task_manager=TaskManager(include_defaults=False),  # they are loaded: without lm-eval's index of 14,000 files
             num_fewshot=config.num_fewshot,
             limit=config.limit,
+            gen_kwargs=generation or None,
             apply_chat_template=config.apply_chat_template,
             fewshot_as_multiturn=config.apply_chat_template,
             bootstrap_iters=BOOTSTRAP,
@@ -146,14 +216,15 @@ def score_tasks(config: EvaluateConfig, sample: SampleConfig, model: DiffusionMo
         )
     if results is None:  # another process has them
         return {}
-    _annotate(results["samples"], lm.scores, failures)
+    _annotate(results["samples"], lm.scores, lm.efforts, failures)
     return json.loads(json.dumps(results, default=handle_non_serializable))
 
 
-def _annotate(
-    samples: dict[str, list[Row]], scores: dict[tuple[str | None, int | None, int], Score], failures: dict[str, list[str]]
-) -> None:
-    """Give each sample its likelihoods' standard errors and draws, and the reason if it failed. Raises `UserError` if a whole task did."""
+def _annotate(samples: dict[str, list[Row]], scores: dict[Key, Score], efforts: dict[Key, Row], failures: dict[str, list[str]]) -> None:
+    """Give each sample its likelihoods' standard errors and draws, what generating took, and the reason if it failed.
+
+    Raises `UserError` if a whole task did.
+    """
     of_document: dict[tuple[str | None, int | None], list[Score]] = defaultdict(list)
     for (task, document, _), score in sorted(scores.items(), key=str):
         of_document[task, document].append(score)
@@ -162,6 +233,7 @@ def _annotate(
         for row in rows:
             found = of_document[task, row["doc_id"]]
             row |= {"stderr": [score.stderr for score in found], "nelbo_samples": [score.samples for score in found]} if found else {}
+            row |= efforts.get((task, row["doc_id"], 0), {})
             row["failed"] = None if row["metrics"] else next(reasons)
             if row["failed"] is None and not all(math.isfinite(score.nats) for score in found):
                 row["failed"] = "the likelihood is not finite"
@@ -192,6 +264,8 @@ def table(results: Row, baseline: Row | None) -> list[Row]:
                     "baseline": float(baseline["results"][name][key]) if baseline else None,
                     "documents": numbers["sample_len"],
                     "failed": _failed(results, name),
+                    "evaluations": _mean(results, name, "nfe"),
+                    "tokens": _mean(results, name, "tokens"),
                     "higher_is_better": results["higher_is_better"].get(name, {}).get(metric),
                 }
             )
@@ -205,93 +279,134 @@ def _failed(results: Row, name: str) -> int:
     return sum(_failed(results, member) for member in results["group_subtasks"][name])
 
 
+def summarise(
+    parts: list[Part], results: list[Row], baseline: list[Row] | None = None, champion: dict[str, float] | None = None
+) -> list[Row]:
+    """The rows of all parts; a task that is in two of them is told apart by its shots. See `run`."""
+    rows = []
+    names = [name for found in results for name in found["results"]]
+    for i, (part, found) in enumerate(zip(parts, results, strict=False)):  # no results: in all processes but the first
+        scores = table(found, baseline[i] if baseline else None)
+        asked = part.entries or [suites.Entry(task) for task in part.evaluate.tasks]
+        chosen = {_chosen(entry, scores): entry for entry in asked}
+        for row in scores:
+            entry = chosen.get((row["task"], row["metric"]))
+            shots = part.evaluate.num_fewshot if part.entries else None
+            if names.count(row["task"]) > 1:
+                row["task"] = f"{row['task']} {shots}-shot"
+            row |= {"is_main": entry is not None, "entry": entry.name or None if entry else None, "num_fewshot": shots}
+            row |= {name: getattr(entry, name) if entry else None for name in ("published", "source", "note")}
+            row["champion"] = (champion or {}).get(f"{row['task']}/{row['metric']}")
+            rows.append(row)
+    return rows
+
+
+def _chosen(entry: suites.Entry, scores: list[Row]) -> tuple[str, str] | None:
+    """Task and metric of the row that stands for an entry; where the task has no metric of its name, the first."""
+    metrics = [str(row["metric"]) for row in scores if row["task"] == entry.task]
+    return (entry.task, entry.metric if entry.metric in metrics else metrics[0]) if metrics else None
+
+
+def sample_rows(results: Row) -> list[Row]:
+    """A row for each document of each task (and filter): what was asked, expected and answered, the scores, and what it took."""
+    rows = []
+    for task, samples in results["samples"].items():
+        for row in samples:
+            asked = row["arguments"]
+            first = asked[0] if isinstance(asked, list) else next(iter(asked.values()))
+            prompt = first[0] if isinstance(first, list) else first.get("arg_0")
+            answer = row["filtered_resps"]
+            rows.append(
+                {
+                    "task": task,
+                    "num_fewshot": results["n-shot"].get(task),
+                    "doc_id": row["doc_id"],
+                    "filter": row["filter"],
+                    "prompt": prompt,
+                    "target": row["target"],
+                    "response": row["resps"],
+                    "answer": answer[0] if isinstance(answer, list) and len(answer) == 1 else answer,
+                    "scores": {metric: row.get(metric) for metric in row["metrics"]},
+                    "failed": row["failed"],
+                    **{name: row.get(name) for name in ("nfe", "tokens", "logprob", "stderr", "nelbo_samples")},
+                }
+            )
+    return rows
+
+
+def _numbers(results: Row, name: str, number: str) -> list[Any]:
+    """A number of every document of a task, or of the tasks of a group, that has it; a document has a sample for each filter."""
+    if name not in results["samples"]:
+        return [found for member in results["group_subtasks"][name] for found in _numbers(results, member, number)]
+    return list({row["doc_id"]: row[number] for row in results["samples"][name] if number in row}.values())
+
+
+def _mean(results: Row, name: str, number: str) -> float | None:
+    found = _numbers(results, name, number)
+    return statistics.fmean(found) if found else None
+
+
 def _words_stderr(results: Row, members: list[str]) -> float | None:
     """Standard error of the mean over word tasks: over words, since tasks that ask about the same word do not err independently."""
     by_word = defaultdict(list)
     for sample in (sample for task in members for sample in results["samples"][task]):
-        by_word[sample["doc"]["word"]].append(sample["exact_match"])
+        if "exact_match" in sample:  # it has not failed
+            by_word[sample["doc"]["word"]].append(sample["exact_match"])
     means = [statistics.fmean(scores) for scores in by_word.values()]
     return statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
-
-
-# --- text -----------------------------------------------------------------------------------------
-
-
-def held_out_rows(config: EvaluateConfig, model: DiffusionModel, seed: int) -> Tensor:
-    """rows_BL: token ids of at most `config.text_rows` rows, spread evenly over the held-out part of the text."""
-    context = model.context
-    require(
-        context is None or config.text_length <= context,
-        f"evaluate.text_length={config.text_length} is more than the model's context of {context} positions: lower it",
-    )
-    _, held_out = data.load_documents(str(config.text_dataset), config.reading(), seed)
-    rows, _ = data.pretraining_rows(held_out, model.tokenizer, config.text_length, insert_eos=True)
-    count = min(config.text_rows, len(rows))
-    return torch.tensor(rows.select([place * len(rows) // count for place in range(count)])["input_ids"][:])
-
-
-def score_text(config: EvaluateConfig, model: DiffusionModel, rows_BL: Tensor, seed: int) -> Tensor:
-    """nats_B: the NELBO of each row, its first token given. The noise of a row depends on the seed and its number alone."""
-    maskable_1L = (torch.arange(rows_BL.shape[1]) > 0).long()[None]
-
-    def score(rows: list[int]) -> list[float]:
-        nats: list[float] = []
-        for batch in _batches(len(rows), config.batch_size, "scoring held-out text"):
-            ids_BL, rows_B = rows_BL[rows[batch]], torch.tensor(rows[batch], device=model.device)
-            streams = model.objective.streams(ids_BL, maskable_1L.expand_as(ids_BL)).to(model.device)
-            nats += likelihood.nelbo(model, streams, samples=config.nelbo_samples, seed=seed, rows_B=rows_B).nats_B.tolist()
-        return nats
-
-    return torch.tensor(launch.divide(range(len(rows_BL)), score))
-
-
-@torch.no_grad()
-def autoregressive_nll(source_dir: str | Path, rows_BL: Tensor, device: torch.device) -> float:
-    """The autoregressive model's mean loss, in nats per token, on tokens 1..L-1 of each row given those before them."""
-    try:
-        network = AutoModelForCausalLM.from_pretrained(source_dir, dtype="auto", use_safetensors=True).to(device).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the autoregressive model '{source_dir}': {' '.join(str(error).split())}") from error
-    vocabulary = network.config.get_text_config().vocab_size
-    require(
-        int(rows_BL.max()) < vocabulary,
-        f"'{source_dir}' has {vocabulary} tokens and the text has token {int(rows_BL.max())}: it is not the source of this checkpoint",
-    )
-    total, size = 0.0, max(1, AR_ELEMENTS // (rows_BL.shape[1] * vocabulary))
-    for batch in _batches(len(rows_BL), size, "scoring the autoregressive model"):
-        ids_BL = rows_BL[batch].to(device)
-        logits_BLV = network(input_ids=ids_BL, use_cache=False).logits[:, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten(), reduction="sum").item()
-    return total / rows_BL[:, 1:].numel()
-
-
-def text_summary(nats_B: Tensor, pretrained_B: Tensor | None, baseline_B: Tensor | None, ar_nll: float | None, tokens: int) -> Row:
-    """Nats per token of rows of equal length, `tokens` in all, from the nats of each row."""
-
-    def per_token(nats_B: Tensor | None) -> float | None:
-        return None if nats_B is None else nats_B.double().sum().item() / tokens
-
-    per_token_B = nats_B.double() * len(nats_B) / tokens
-    return {
-        "nelbo": per_token_B.mean().item(),
-        "stderr": (per_token_B.std() / len(nats_B) ** 0.5).item() if len(nats_B) > 1 else None,
-        "pretrained_nelbo": per_token(pretrained_B),
-        "baseline_nelbo": per_token(baseline_B),
-        "ar_nll": ar_nll,
-        "perplexity_bound": math.exp(per_token_B.mean().item()),
-        "tokens": tokens,
-    }
 
 
 # --- what they share ------------------------------------------------------------------------------
 
 
 def _score(
-    config: EvaluateConfig, sample: SampleConfig, model: DiffusionModel, loaded: list[Any], rows_BL: Tensor | None, seed: int
-) -> tuple[Row | None, Tensor | None]:
+    config: EvaluateConfig, parts: list[Part], loaded: list[Any], model: DiffusionModel, rows_BL: Tensor | None, seed: int
+) -> tuple[list[Row], Tensor | None]:
     """What one checkpoint makes of the tasks, and of the text."""
-    results = score_tasks(config, sample, model, loaded, seed) if loaded else None
-    return results, None if rows_BL is None else score_text(config, model, rows_BL, seed)
+    results = _score_parts(parts, loaded, model, seed)
+    return results, None if rows_BL is None else perplexity.nelbo(config, model, rows_BL, seed)
+
+
+def _score_parts(parts: list[Part], loaded: list[Any], model: DiffusionModel, seed: int) -> list[Row]:
+    """The results of each part; none in all processes but the first."""
+    results = [
+        score_tasks(part.evaluate, part.sample, model, some, seed, part.generation) for part, some in zip(parts, loaded, strict=True)
+    ]
+    return [found for found in results if found]
+
+
+def _with(parts: list[Part], sample: SampleConfig) -> list[Part]:
+    """The parts with another sampler, of which each keeps its own length."""
+    return [dataclasses.replace(p, sample=dataclasses.replace(sample, max_new_tokens=p.sample.max_new_tokens)) for p in parts]
+
+
+def _runs_programs(config: EvaluateConfig) -> AbstractContextManager[None]:
+    return sandbox.code_eval(config.code_isolation) if config.code_execution else nullcontext()
+
+
+def _surroundings(paths: dict[str, str | None], device: torch.device) -> Row:
+    """What a number may depend on besides the settings: weights, versions, code, and the machine."""
+    return {
+        "paths": {role: None if path is None else str(Path(path).absolute()) for role, path in paths.items()},
+        "weights": {role: None if path is None else weights(path) for role, path in paths.items()},
+        "versions": {"python": sys.version.split()[0]} | {package: version(package) for package in PACKAGES},
+        "code": _digest(sorted(Path(__file__).parents[1].rglob("*.py"))),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def weights(model_dir: str | Path) -> str:
+    """The SHA-256 of a model directory's weights, configuration and tokenizer."""
+    return _digest(sorted(path for path in Path(model_dir).iterdir() if path.suffix in (".safetensors", ".json", ".jinja")))
+
+
+def _digest(files: Iterable[Path]) -> str:
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 def _require_checkpoints(source_dir: str | Path | None, *, model: str | Path, **others: str | Path | None) -> None:
@@ -305,11 +420,6 @@ def _require_checkpoints(source_dir: str | Path | None, *, model: str | Path, **
             checks.intact(directory)
     if source_dir is not None:
         require((Path(source_dir) / "config.json").is_file(), f"source '{source_dir}' is not the directory of a Hugging Face model")
-
-
-def _batches(rows: int, size: int, name: str) -> Iterator[slice]:
-    for start in tqdm(range(0, rows, size), desc=name, unit="batch", disable=None):
-        yield slice(start, start + size)
 
 
 def _write(path: Path, content: Row) -> None:

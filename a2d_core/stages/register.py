@@ -5,13 +5,52 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from a2d_core import registry
-from a2d_core.config import Recipe, SampleConfig, UserError, require
+from a2d_core import gate, registry, review, tracking
+from a2d_core.config import Recipe, UserError, require, to_dict
+from a2d_core.stages import checks
 
 
-def run(model_dir: str | Path, *, name: str, tags: dict[str, str], metrics: dict[str, Any], sample: SampleConfig) -> dict[str, Any]:
-    """Register a checkpoint under `name` in the active MLflow run; return {"name", "version", "uri"}."""
-    return registry.register(model_dir, name=name, tags=tags, metrics=metrics, sample=sample)
+def run(
+    model_dir: str | Path,
+    recipe: Recipe,
+    *,
+    tags: dict[str, str],
+    results: dict[str, Any] | None = None,
+    samples: list[dict[str, Any]] | None = None,
+    facts: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Register a checkpoint in the active MLflow run, with all that a reviewer asks; return {"name", "version", "uri"}.
+
+    `facts` are what each stage returned. Raises `UserError` where the weights are not those that the last stage wrote.
+    """
+    written = [stage["weights_sha256"] for stage in (facts or {}).values() if "weights_sha256" in stage]
+    found = registry.digest(model_dir)
+    require(
+        written[-1:] in ([], [found]),
+        f"the weights in '{model_dir}' are not those that training wrote (sha256 {found[:12]}, not {written[-1:]}): nothing is registered",
+    )
+    name, spec = model_name(recipe), checks.read_spec(model_dir)
+    record = {
+        "results": results,
+        "samples": samples or [],
+        "recipe": to_dict(recipe),
+        "chain": spec["chain"] if spec else [],
+        "facts": facts or {},
+    }
+    own = {"objective": recipe.objective, "base_model": recipe.convert.model, "preset": recipe.name}
+    numbers = tracking.evaluation_numbers(results)
+    made = registry.register(model_dir, name=name, tags={**own, **tags}, metrics=numbers, sample=recipe.sample, record=record)
+    version = registry.read(name, made["version"])
+    registry.describe(version, review.markdown(review.build(version, registry.champion(name))))
+    return made
+
+
+def judge(recipe: Recipe, results: dict[str, Any] | None) -> dict[str, str]:
+    """The verdict of the gate on an evaluation, beside that of the model's champion, as tags: gate, gate.why, gate.champion."""
+    champion = registry.champion(model_name(recipe))
+    verdict = gate.judge(results, champion.results if champion else None)
+    tags = {"gate": verdict.word, "gate.why": verdict.why, "gate.champion": str(champion.number) if champion else ""}
+    return {tag: value for tag, value in tags.items() if value}
 
 
 def model_name(recipe: Recipe) -> str:
@@ -26,17 +65,3 @@ def model_name(recipe: Recipe) -> str:
         raise UserError(f"register.name='{template}' may contain {{preset}} and {{objective}}, and no other braces") from None
     require(bool(name) and not set(name) & set("/:"), f"register.name='{template}' gives '{name}': use a name without '/' and ':'")
     return name
-
-
-def gate(results: dict[str, Any] | None) -> str:
-    """What the evaluation says to a reviewer, in one word.
-
-    `passed`: every task lies two standard errors above chance and the untrained model; `failed`: one does not;
-    `open`: nothing was scored that can be compared.
-    """
-    judged = []
-    for task in (results or {}).get("tasks", []):
-        bars = [bar for bar in (task["chance"], task["baseline"]) if bar is not None]
-        if bars and task.get("higher_is_better") is not False:
-            judged.append(task["value"] - 2 * (task["stderr"] or 0.0) > max(bars))
-    return "open" if not judged else "passed" if all(judged) else "failed"

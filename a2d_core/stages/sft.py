@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from a2d_core import launch
 from a2d_core.config import TrainConfig
 from a2d_core.stages import training
 
@@ -22,15 +23,30 @@ def run(
     *,
     seed: int = 0,
     processes: int = 1,
+    strategy: str = "ddp",
+    nodes: launch.Nodes = launch.ONE_NODE,
     resume_from: str | None = None,
+    objective: str | None = None,
 ) -> dict[str, Any]:
     """Train on `config.dataset`; write `metrics.jsonl`, `checkpoint-N` and `checkpoint-final` below `output_dir`.
 
-    `processes` > 1 trains with DDP on this machine. `resume_from`: a `checkpoint-N` directory of the same run.
+    `processes` of this node share the training by `strategy`; of several `nodes`, which share `output_dir`, each calls this.
+    `resume_from`: a `checkpoint-N` directory of the same run.
     Returns the held-out NELBO (nats per token), tokens per second, steps, peak memory, and how many assistant turns
     were dropped for which reason.
     """
-    return training.run("sft", config, model_dir, output_dir, seed=seed, processes=processes, resume_from=resume_from)
+    return training.run(
+        "sft",
+        config,
+        model_dir,
+        output_dir,
+        seed=seed,
+        processes=processes,
+        strategy=strategy,
+        nodes=nodes,
+        resume_from=resume_from,
+        objective=objective,
+    )
 
 
 def prepare(config: TrainConfig, model: DiffusionModel, seed: int) -> tuple[Dataset, Dataset, trainer.Fill, dict[str, Any]]:

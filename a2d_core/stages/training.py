@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from a2d_core import launch
-from a2d_core.config import TrainConfig, build, to_dict
+from a2d_core import checkpoints, launch, registry
+from a2d_core.config import TrainConfig, build, require, to_dict
 from a2d_core.stages import checks
 
 
 def run(
-    stage: str, config: TrainConfig, model_dir: str | Path, output_dir: str | Path, *, seed: int, processes: int, resume_from: str | None
+    stage: str,
+    config: TrainConfig,
+    model_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    seed: int,
+    processes: int = 1,
+    strategy: str = "ddp",
+    nodes: launch.Nodes = launch.ONE_NODE,
+    resume_from: str | None = None,
+    objective: str | None = None,
 ) -> dict[str, Any]:
     """Train in each of `processes` processes on the rows that the stage's module prepares; return what the first one returns."""
+    if resume_from:
+        checkpoints.check(Path(resume_from))
     checks.room_for_checkpoints(config, model_dir, output_dir)
     call = {
         "stage": stage,
@@ -23,12 +36,16 @@ def run(
         "output_dir": str(output_dir),
         "seed": seed,
         "resume_from": resume_from,
+        "objective": objective,
     }
     with checks.memory_advice(stage, config):
-        return launch.run("a2d_core.stages.training:work", call, processes=processes)
+        facts = launch.run("a2d_core.stages.training:work", call, processes=processes, strategy=strategy, nodes=nodes)
+    return {**facts, "weights_sha256": registry.digest(Path(output_dir, "checkpoint-final"))} if nodes.rank == 0 else facts
 
 
-def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, seed: int, resume_from: str | None) -> dict[str, Any]:
+def work(
+    stage: str, values: dict[str, Any], model_dir: str, output_dir: str, seed: int, resume_from: str | None, objective: str | None
+) -> dict[str, Any]:
     """What each process does; `prepare` of the stage's module makes the rows, and says how they are filled."""
     import torch
     from accelerate import PartialState
@@ -36,7 +53,13 @@ def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, se
     from a2d_core import data, models, trainer
 
     config = build(TrainConfig, values, stage)
-    model = models.load(model_dir, dtype=torch.float32)
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    require(
+        not (is_sharded and config.lora_rank),
+        f"{stage}.lora_rank={config.lora_rank} does not fit strategy fsdp2: adapters are small, and ddp or zero2 trains them",
+    )
+    dtype = None if config.lora_rank else torch.float32  # frozen weights may stay as they are
+    model = models.load(model_dir, objective=objective, dtype=dtype, device="cpu" if is_sharded else None)  # a GPU gets its own part alone
     trainer.check_fits(model, config)
     with PartialState().main_process_first():  # the others find what the first has cached
         train_rows, eval_rows, fill, facts = import_module(f"a2d_core.stages.{stage}").prepare(config, model, seed)
@@ -45,5 +68,5 @@ def work(stage: str, values: dict[str, Any], model_dir: str, output_dir: str, se
     metrics = trainer.fit(
         model, config, train_rows, held_out, collate, output_dir, stage=stage, seed=seed, fill=fill, resume_from=resume_from
     )
-    sizes = {"train_rows": len(train_rows)} if not config.streaming else {}  # a stream has no length
+    sizes = {"train_rows": len(train_rows), "data_digest": data.digest(train_rows)} if not config.streaming else {}  # a stream has no end
     return {**sizes, "eval_rows": len(held_out), **facts, **metrics}

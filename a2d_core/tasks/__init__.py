@@ -44,8 +44,6 @@ def load(config: EvaluateConfig) -> list[Task | Group]:
         manager = _manager(config)
         for name in (*config.tasks, *config.datasets):
             _check_name(name, manager)
-        for name, directory in config.datasets.items():
-            _use_local_data(name, Path(directory), config, manager)
         for name in config.tasks:
             unsafe = [task for task, file in _leaves(name, manager) if file.get("unsafe_code")]
             require(
@@ -53,6 +51,8 @@ def load(config: EvaluateConfig) -> list[Task | Group]:
                 f"task '{name}' runs code that the model writes ({', '.join(unsafe)}): allow it with evaluate.code_execution=true, "
                 "in a container without secrets or network",
             )
+        for name, directory in config.datasets.items():
+            _use_local_data(name, Path(directory), config, manager)
         loaded = [part for name in config.tasks for part in _load(name, manager)]
     _require_once(loaded)
     return loaded

@@ -1,0 +1,181 @@
+"""Directories that are whole or absent: how a checkpoint is written, known to be whole, and replaced by the next.
+
+A checkpoint is written below `partial/`, sealed with the size and digest of each file, and then
+renamed to `checkpoint-N`. So a training that is killed, or whose disk is full, leaves the one before.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from a2d_core.config import UserError, require
+
+MANIFEST = "manifest.json"
+PARTIAL = "partial"
+"""Where a directory is written, beside its final place."""
+
+
+@contextmanager
+def whole(target: Path, *, is_main: bool = True, meet: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """Give the body an empty directory to fill; when it and all processes are done, the directory gets the name `target`.
+
+    `meet` waits for all processes. Raises `UserError` where the disk does not take the files; nothing is left of them then.
+    """
+    room = target.parent / PARTIAL
+    with told(target):
+        if is_main:
+            shutil.rmtree(room, ignore_errors=True)
+            (room / target.name).mkdir(parents=True)
+        meet()
+        try:
+            yield room / target.name
+            meet()
+            if is_main:
+                _seal(room / target.name)
+                _move(room / target.name, target)
+        finally:
+            if is_main:  # of the others none may delete what its peers are writing: the next one to write does
+                shutil.rmtree(room, ignore_errors=True)
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Turn the body's failure to write `path` into a `UserError` that names the room on the disk and the last good checkpoint."""
+    try:
+        yield
+    except BaseException as error:  # torch.distributed.checkpoint raises one that is no Exception
+        reason = _failed_write(error)
+        if reason is None:
+            raise
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        room = f"{_mib(shutil.disk_usage(there).free)} are free at '{there}' now"
+        last = newest(path.parent, digests=False)
+        if last:
+            size = sum(entry["bytes"] for entry in json.loads((last / MANIFEST).read_text())["files"].values())
+            room += f", and a checkpoint takes {_mib(size)}"
+        raise UserError(
+            f"cannot write '{path}' ({reason}): {room}. Free some space or lower keep_checkpoints; {go_on(path.parent)}"
+        ) from error
+
+
+def _failed_write(error: BaseException) -> str | None:
+    """Why the operating system took no more, or None where the error is another one; libraries have many words for it."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    source = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if isinstance(error, RuntimeError) and source.parts[-2:] == ("torch", "serialization.py"):
+        return "torch.save could not write to the end of a file"
+    lines = [line for line in str(error).splitlines() if "(os error " in line or os.strerror(errno.ENOSPC) in line]
+    return lines[0].strip() if lines else None  # the first sign is that of Rust: safetensors, tokenizers
+
+
+def damage(checkpoint: Path, *, digests: bool = True) -> str | None:
+    """What is wrong with a checkpoint, or None; without `digests` the files' sizes are compared, and not what they hold."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        sizes = {name: entry["bytes"] for name, entry in files.items()}
+        expected = {name: entry["sha256"] for name, entry in files.items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, which is written last"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if status.st_size != size:
+            return f"{name} has {status.st_size:,} bytes instead of {size:,}"
+        if digests and _digest(path, size, status.st_mtime_ns) != expected[name]:
+            return f"{name} is not what was written"
+    return None
+
+
+def steps(output_dir: Path) -> dict[int, Path]:
+    """Step -> `checkpoint-N` directory, whole or not, the newest first."""
+    found = {path.name.removeprefix("checkpoint-"): path for path in output_dir.glob("checkpoint-*")}
+    return {step: found[str(step)] for step in sorted(map(int, filter(str.isdecimal, found)), reverse=True)}
+
+
+def newest(output_dir: Path, *, digests: bool = True, say: Callable[[str], None] = lambda _: None) -> Path | None:
+    """The newest whole checkpoint; `say` is told of each one that is damaged and passed over."""
+    for path in steps(output_dir).values():
+        wrong = damage(path, digests=digests)
+        if wrong is None:
+            return path
+        say(f"'{path}' is damaged and passed over: {wrong}")
+    return None
+
+
+def check(checkpoint: Path) -> None:
+    """Raise `UserError` where a checkpoint to resume from is missing or damaged."""
+    require(checkpoint.is_dir(), f"there is no checkpoint '{checkpoint}' to resume from")
+    wrong = damage(checkpoint)
+    require(wrong is None, f"checkpoint '{checkpoint}' is damaged: {wrong}; {go_on(checkpoint.parent)}")
+
+
+def keep_newest(output_dir: Path, count: int, step: int) -> None:
+    """Delete all checkpoints up to `step` but the newest `count` whole ones; later ones are what an earlier run left."""
+    past = [path for number, path in steps(output_dir).items() if number <= step]
+    kept = [path for path in past if damage(path, digests=False) is None][:count]
+    for path in past:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def go_on(output_dir: Path) -> str:
+    """How to go on from the newest whole checkpoint, for the end of a message."""
+    last = newest(output_dir, digests=False)
+    if last is None:
+        return f"there is no good checkpoint in '{output_dir}': start again"
+    return f"the last good checkpoint is '{last}': resume from it (--resume; in the flow a retry, or resume)"
+
+
+def _seal(folder: Path) -> None:
+    """Bring every file to the disk, and write down its size and digest."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _sync(path)
+        status = path.stat()
+        digest = _digest(path, status.st_size, status.st_mtime_ns)
+        files[path.relative_to(folder).as_posix()] = {"bytes": status.st_size, "sha256": digest}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+    for path in (folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder):
+        _sync(path)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Give `source` the name `target`; what had that name goes."""
+    if target.exists():
+        target.rename(source.with_name("replaced"))
+    source.rename(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@cache
+def _digest(path: Path, size: int, modified_ns: int) -> str:
+    """SHA-256 of a file; size and time are there so that a file that has changed is read again."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,86 @@
+"""Repeat: run an evaluation again from its record, and compare what came out, to the bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from a2d_core.config import EvaluateConfig, SampleConfig, build, require
+from a2d_core.stages import checks, evaluate
+
+Row = dict[str, Any]
+
+NOT_COMPARED = ("seconds", "paths")
+"""What a repetition may differ in and yet be equal."""
+
+
+def run(earlier: Path, output_dir: Path, *, model_dir: str | None = None) -> tuple[Row, list[str], list[str]]:
+    """Repeat the evaluation whose files are in `earlier`, with the model at `model_dir` or else where it was.
+
+    Returns its results, how the settings, the weights, the versions and the machine differ from then, and how the results do.
+    Raises `UserError` where a directory that it needs is not there.
+    """
+    then = read(earlier)["record"]
+    paths = {**then["paths"], **({"model": model_dir} if model_dir else {})}
+    for role, path in paths.items():
+        require(
+            path is None or Path(path).is_dir(), f"the {role} of that evaluation, '{path}', is not there: put it back, or give --model DIR"
+        )
+    results = evaluate.run(
+        build(EvaluateConfig, then["evaluate"], "evaluate"),
+        build(SampleConfig, then["sample"], "sample"),
+        paths["model"],
+        output_dir,
+        seed=then["seed"],
+        processes=then["processes"],
+        **{f"{role}_dir": paths[role] for role in ("baseline", "pretrained", "source")},
+    )
+    (theirs, ours), (before, after) = (list(map(part, (read(earlier), read(output_dir)))) for part in (_settings, _outcome))
+    return results, list(differences(theirs, ours)), list(differences(before, after))
+
+
+def read(directory: Path) -> Row:
+    """The record, the results and the samples of an evaluation."""
+    files = {"record": "evaluation.json", "results": "results.json", "samples": "samples.jsonl"}
+    for name in files.values():
+        require((directory / name).is_file(), f"'{directory}' holds no {name}: it is no evaluation that can be repeated")
+    texts = {part: (directory / name).read_text(encoding="utf-8") for part, name in files.items()}
+    samples = [json.loads(line) for line in texts["samples"].splitlines()]
+    return {"record": json.loads(texts["record"]), "results": json.loads(texts["results"]), "samples": samples}
+
+
+def objective(directory: Path, model_dir: str | None) -> str:
+    """What the model of an evaluation was trained for."""
+    model = model_dir or read(directory)["record"]["paths"]["model"]
+    spec = checks.read_spec(model)
+    require(spec is not None, f"the model of that evaluation, '{model}', is not there: give it with --model DIR")
+    return str((spec or {})["objective"])
+
+
+def _settings(one: Row) -> Row:
+    return {name: value for name, value in one["record"].items() if name not in NOT_COMPARED}
+
+
+def _outcome(one: Row) -> Row:
+    """Results and samples, without the champion's numbers, which may be another's by now."""
+    tasks = [{name: value for name, value in row.items() if name != "champion"} for row in one["results"]["tasks"]]
+    return {"results": {**one["results"], "tasks": tasks}, "samples": one["samples"]}
+
+
+def differences(then: Any, now: Any, where: str = "") -> Iterator[str]:
+    """In words, the places where two JSON values differ; numbers must be the same to the last bit."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*then, *now]):
+            yield from differences(then.get(key), now.get(key), f"{where}.{key}" if where else str(key))
+    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        for i, pair in enumerate(zip(then, now, strict=True)):
+            yield from differences(*pair, f"{where}[{i}]")
+    elif then != now:
+        yield f"{where}: then {_short(then)}, now {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = f"{len(value)} rows" if isinstance(value, list) and len(value) > 3 else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else f"{text[:120]}…"

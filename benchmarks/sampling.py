@@ -1,0 +1,237 @@
+"""Cost of block-diffusion sampling: the plain method against ours, the same weights, the same number of evaluations.
+
+    python benchmarks/sampling.py [--quick] [--model DIR]
+
+The plain method is what published samplers do: for each block the whole prefix is run again, for each step its cache is copied,
+tokens are drawn with float64 Gumbel noise over the whole vocabulary, and positions are picked row by row. Beside it
+stand ours, ours with a confidence threshold of 0.9 (random weights are never that sure: one token per evaluation is then its worst
+case), and Hugging Face `generate` of the autoregressive model of the same size. Each number is measured in a process of its
+own, one after the other; memory is the peak of resident memory above what was resident before the run. What a
+threshold saves is counted on the trained `tiny` model, which is trained first unless `--model` names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BLOCK = 32
+
+
+def build(vocabulary: int) -> Any:
+    """A random Qwen3 of hidden size 256 and 6 layers, as a diffusion model with blocks of 32."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from a2d_core import embedded
+    from a2d_core.models import DiffusionModel, Spec
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4, head_dim=32,
+        intermediate_size=768, max_position_embeddings=2048, tie_word_embeddings=True,
+    )  # fmt: skip
+    return DiffusionModel(Qwen3ForCausalLM(config), embedded.build_tokenizer(), Spec("bd3lm", BLOCK, vocabulary - 1)).eval()
+
+
+def plain(model: Any, prompts_BP: Any, cell: dict[str, Any]) -> int:
+    """The plain method; the prompt is a multiple of the block, and the number of evaluations is returned."""
+    import torch
+    from transformers import DynamicCache
+
+    network, mask, steps, temperature = model.network, model.spec.mask_token_id, cell["steps_per_block"], cell["temperature"]
+    tokens, evaluations = prompts_BP, 0
+    for _ in range(cell["new_tokens"] // BLOCK):
+        rows, length = tokens.shape
+        position = torch.arange(length + BLOCK).expand(rows, -1)
+        block = position // BLOCK
+        may = (block[:, :, None] >= block[:, None, :])[:, None]
+        cache = DynamicCache()
+        network.base_model(tokens, attention_mask=may[:, :, :length, :length], position_ids=position[:, :length], past_key_values=cache)
+        active = torch.full((rows, BLOCK), mask)
+        for _ in range(steps):
+            hidden = network.base_model(
+                active, attention_mask=may[:, :, length:], position_ids=position[:, length:], past_key_values=copy.deepcopy(cache)
+            ).last_hidden_state
+            logits = network.lm_head(hidden)
+            logits[..., mask] = -torch.inf
+            evaluations += 1
+            noisy = logits
+            if temperature > 0:
+                noisy = logits.double()
+                noise = torch.rand_like(noisy)
+                noisy = noisy.exp() / (-torch.log(noise)) ** temperature
+            choice = noisy.argmax(-1)
+            sure = logits.softmax(-1).gather(-1, choice[..., None])[..., 0].masked_fill(active != mask, -torch.inf)
+            reveal = torch.zeros_like(active, dtype=torch.bool)
+            for row in range(rows):
+                reveal[row, sure[row].topk(BLOCK // steps).indices] = True
+            active = torch.where(reveal, choice, active)
+        tokens = torch.cat([tokens, active], 1)
+    return evaluations
+
+
+def ours(model: Any, prompts_BP: Any, cell: dict[str, Any], **changes: Any) -> int:
+    """Our sampler, which may not end early: all methods write the same number of tokens."""
+    from a2d_core import sampling
+    from a2d_core.config import SampleConfig
+
+    config = SampleConfig(
+        max_new_tokens=cell["new_tokens"], steps_per_block=cell["steps_per_block"], temperature=cell["temperature"],
+        batch_size=len(prompts_BP), suppressed_tokens=model.stop_token_ids,
+    )  # fmt: skip
+    found = sampling.generate(model, prompts_BP.tolist(), dataclasses.replace(config, **changes))
+    assert all(len(generation.tokens) == cell["new_tokens"] for generation in found)
+    return max(generation.nfe for generation in found)
+
+
+def with_threshold(model: Any, prompts_BP: Any, cell: dict[str, Any]) -> int:
+    return ours(model, prompts_BP, cell, steps_per_block=None, threshold=0.9)
+
+
+def autoregressive(model: Any, prompts_BP: Any, cell: dict[str, Any]) -> int:
+    """`generate` of the same network as an autoregressive model."""
+    import torch
+
+    new = cell["new_tokens"]
+    options = {"do_sample": True, "temperature": cell["temperature"], "top_k": 0} if cell["temperature"] else {"do_sample": False}
+    model.network.generation_config.eos_token_id = None
+    out = model.network.generate(
+        prompts_BP, attention_mask=torch.ones_like(prompts_BP), max_new_tokens=new, min_new_tokens=new, pad_token_id=0, **options
+    )
+    assert out.shape[1] == prompts_BP.shape[1] + new
+    return new
+
+
+METHODS: dict[str, Callable[[Any, Any, dict[str, Any]], int]] = {
+    "plain": plain,
+    "ours": ours,
+    "threshold": with_threshold,
+    "generate": autoregressive,
+}
+
+
+def measure_cell(cell: dict[str, Any]) -> dict[str, float]:
+    """Tokens per second, evaluations and memory peak of one method."""
+    import torch
+
+    model = build(cell["vocabulary"])
+    generator = torch.Generator().manual_seed(0)
+    prompts_BP = torch.randint(300, cell["vocabulary"] - 1, (cell["batch"], cell["prompt"]), generator=generator)
+    method, seconds, status = METHODS[cell["method"]], [], Path("/proc/self/status")
+
+    def resident(field: str) -> float:
+        return next(int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith(field))
+
+    with torch.no_grad():
+        method(model, prompts_BP, {**cell, "new_tokens": BLOCK, "steps_per_block": 1} | ({"new_tokens": 2} if cell["method"] == "generate" else {}))  # fmt: skip  # noqa: E501
+        Path("/proc/self/clear_refs").write_text("5")  # forget the earlier peak
+        before = resident("VmRSS")
+        for _ in range(cell["repeats"]):
+            start = time.perf_counter()
+            evaluations = method(model, prompts_BP, cell)
+            seconds.append(time.perf_counter() - start)
+    tokens = cell["batch"] * cell["new_tokens"]
+    return {"tokens_s": tokens / statistics.median(seconds), "nfe": evaluations, "mib": resident("VmHWM") - before}
+
+
+def in_a_process(cell: dict[str, Any]) -> dict[str, float]:
+    """What `measure_cell` finds in a new process."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, __file__, "--cell", json.dumps(cell)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def train_tiny(folder: Path, share: float) -> Path:
+    """The preset `tiny`, with a share of its training steps."""
+    from a2d_core import embedded, presets
+    from a2d_core.stages import convert, pretrain, sft
+
+    recipe = presets.resolve(presets.read("tiny"), "bd3lm", [], 0)
+    convert.run(dataclasses.replace(recipe.convert, model=str(embedded.build_base("tiny"))), "bd3lm", folder / "converted", seed=0)
+    start = folder / "converted"
+    for name, stage, config in (("pretrain", pretrain, recipe.pretrain), ("sft", sft, recipe.sft)):
+        steps = int(config.max_steps * share)
+        config = dataclasses.replace(config, max_steps=steps, eval_every=float(steps), save_every=float(steps))
+        stage.run(config, start, folder / name, seed=0)
+        start = folder / name / "checkpoint-final"
+    return start
+
+
+def count_evaluations(directory: Path, prompts: int) -> dict[str, Any]:
+    """Evaluations and exact answers of the trained tiny model on held-out word tasks, with and without a threshold."""
+    from a2d_core import embedded, models, presets, sampling
+
+    model = models.load(directory, device="cpu")
+    config = presets.resolve(presets.read("tiny"), "bd3lm", [], 0).sample
+    rows = list(embedded.instructions("test"))
+    rows = rows[:: max(1, len(rows) // prompts)][:prompts]
+    asked = [model.encode_messages(row["messages"][:-1]) for row in rows]
+    found = {}
+    for name, threshold in (("one token", None), ("threshold 0.9", 0.9)):
+        answers = sampling.generate(model, asked, dataclasses.replace(config, threshold=threshold))
+        right = sum(a.text == row["messages"][-1]["content"] for a, row in zip(answers, rows, strict=True))
+        found[name] = {"nfe": sum(a.nfe for a in answers) / len(answers), "exact": right / len(rows)}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one vocabulary, batch and prompt, two blocks, a quarter of the training")
+    parser.add_argument("--model", type=Path, help="trained tiny checkpoint, to spare its training")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.cell:
+        print(json.dumps(measure_cell(json.loads(options.cell))))
+        return
+    vocabularies, batches, lengths, new_tokens = (2048, 151936), (1, 8), (32, 512), 128
+    runs = (("plain", 8), ("ours", 8), ("plain", 32), ("ours", 32), ("threshold", 32), ("generate", 32))
+    if options.quick:
+        vocabularies, batches, lengths, new_tokens = (151936,), (8,), (512,), 2 * BLOCK
+    print(f"{'vocabulary':>10}{'batch':>7}{'prompt':>8}{'temperature':>13}{'steps':>7}  {'method':<10}{'tokens/s':>10}{'evaluations':>13}{'peak MiB':>10}")  # fmt: skip  # noqa: E501
+    speed: dict[tuple[Any, ...], float] = {}
+    for vocabulary, batch, prompt, temperature in itertools.product(vocabularies, batches, lengths, (0.0, 1.0)):
+        # 8 and 32 evaluations per block are 32 and 128 for 128 tokens; a threshold and `generate` know no steps
+        for method, per_block in runs[:2] if options.quick and temperature else runs:
+            cell = {"vocabulary": vocabulary, "batch": batch, "prompt": prompt, "temperature": temperature, "method": method}
+            repeats = 3 if vocabulary == 2048 and not options.quick else 1
+            found = in_a_process({**cell, "steps_per_block": per_block, "new_tokens": new_tokens, "repeats": repeats})
+            steps = per_block * 4 if method in ("plain", "ours") else "-"
+            speed[vocabulary, batch, prompt, temperature, method, steps] = found["tokens_s"]
+            print(f"{vocabulary:>10,}{batch:>7}{prompt:>8}{temperature:>13}{steps:>7}  {method:<10}{found['tokens_s']:>10,.1f}{found['nfe']:>13}{found['mib']:>10,.0f}", flush=True)  # fmt: skip  # noqa: E501
+
+    def ratio(steps: int, temperature: float) -> float:
+        ours, plain = (speed[151936, 8, 512, temperature, method, steps] for method in ("ours", "plain"))
+        return ours / plain
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = count_evaluations(options.model or train_tiny(Path(folder), 0.25 if options.quick else 1.0), 40 if options.quick else 200)
+    for name, numbers in tiny.items():
+        print(f"tiny model, {name:<14}{numbers['nfe']:>6.2f} evaluations per answer, {numbers['exact']:.3f} exact")
+    result = {
+        "b8_p512_s32": ratio(32, 0.0),
+        "b8_p512_s128": ratio(128, 0.0),
+        "temperature1_v151936": min(ratio(steps, 1.0) for steps in ((32,) if options.quick else (32, 128))),
+        "threshold_evaluations": tiny["one token"]["nfe"] / tiny["threshold 0.9"]["nfe"],
+    }
+    print(
+        "ours over plain at vocabulary 151,936, batch 8, prompt 512 (with temperature 1 the worse of both), and one token over threshold:"
+    )
+    print(json.dumps({"ratios": {name: round(value, 3) for name, value in result.items()}}))
+
+
+if __name__ == "__main__":
+    main()
