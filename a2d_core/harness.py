@@ -31,7 +31,7 @@ from a2d_core.config import SampleConfig, UserError, build, require, to_dict
 from a2d_core.models import DiffusionModel
 from a2d_core.scoring import Answer, Score, Scorer
 
-GENERATION_ARGUMENTS = ("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_p")
+GENERATION_ARGUMENTS = ("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k")
 """What a task may ask of a generation; `max_new_tokens` is another name for `max_gen_toks`, and `num_beams` may be 1."""
 NOT_OF_A_TASK = {"enabled", "prompts", "chat"}
 """Fields of `SampleConfig` that a task decides itself."""
@@ -232,18 +232,21 @@ class DiffusionLM(TemplateLM):
             self.sample,
             temperature=0.0 if do_sample is False else float(temperature),
             top_p=float(arguments.get("top_p", self.sample.top_p)),
+            top_k=arguments.get("top_k", self.sample.top_k),
             max_new_tokens=int(length),
         )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """An answer for each (context, generation_kwargs), cut before the first of its stop strings."""
         self._check_first(requests)
-        answers = launch.divide(requests, lambda part: self._generate(part, disable_tqdm))
+        answers = launch.divide(list(enumerate(requests)), lambda part: self._generate(dict(part), disable_tqdm))
         for request, (_, effort) in zip(requests, answers, strict=True):
             self.efforts[request.task_name, request.doc_id, request.idx] = effort
         return [text for text, _ in answers]
 
-    def _generate(self, requests: list[Instance], disable_tqdm: bool) -> list[tuple[str, dict[str, float]]]:
+    def _generate(self, numbered: dict[int, Instance], disable_tqdm: bool) -> list[tuple[str, dict[str, float]]]:
+        """The answers to requests, whose draws depend on their numbers, and not on what else is asked here."""
+        numbers, requests = list(numbered), list(numbered.values())
         samplers = [self.sampler_for(request.args[1]) for request in requests]
         prompts = [self._prompt(request.args[0]) for request in requests]
         groups: dict[SampleConfig, list[int]] = defaultdict(list)
@@ -260,6 +263,7 @@ class DiffusionLM(TemplateLM):
                     generator=torch.Generator(self.device).manual_seed(self.seed),
                     max_new_tokens=[samplers[row].max_new_tokens for row in rows],
                     stop=[[stop for stop in until if stop and stop not in self._special] for until in untils],
+                    keys=[numbers[row] for row in rows],
                     evaluations=False,
                 )
                 for event in finished:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,8 @@ class Canvas:
     """Texts that end it."""
     expected: tuple[int, ...] = ()
     """New tokens from which it may not deviate."""
+    key: int | None = None
+    """Number that its random draws depend on; None: its place among the others."""
 
 
 def generate(
@@ -111,15 +113,17 @@ def stream(
     max_new_tokens: int | Sequence[int] | None = None,
     stop: Sequence[Sequence[str]] | None = None,
     expected: Sequence[Sequence[int]] | None = None,
+    keys: Sequence[int] | None = None,
     evaluations: bool = True,
 ) -> Iterator[Event]:
     """Answer prompts (token ids) and tell, after each evaluation, what it revealed in each row; then the generations as they finish.
 
     `generator` seeds the draws of tokens and of positions. `max_new_tokens`: for all prompts, or for each. `stop`: for each
     prompt further texts that end its answer. `expected`: for each prompt an answer; the row is given up as soon as it
-    deviates, and its tokens end there. `evaluations`: false for nothing but the finished generations, which takes no look
-    at the device between evaluations. Raises `UserError`, before any work, where the objective cannot do what is asked, or a
-    prompt and its answer exceed the model's context.
+    deviates, and its tokens end there. `keys`: for each prompt the number that its draws depend on, in place of its own.
+    `evaluations`: false for nothing but the finished generations, which takes no look at the device between evaluations.
+    Raises `UserError`, before any work, where the objective cannot do what is asked, or a prompt and its answer exceed the
+    model's context.
     """
     mask = model.spec.mask_token_id
     asked = config.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -131,7 +135,8 @@ def stream(
         require(mask not in prompt, "a prompt has mask tokens in it: use a2d_core.infill to fill them")
         tokens, may_end = [*prompt, *[mask] * length], len(prompt) + config.min_new_tokens
         stops = (*config.stop, *(stop[row] if stop else ()))
-        canvases.append(lay_out(model, tokens, config, may_end, stop=stops, expected=expected[row] if expected else ()))
+        canvas = lay_out(model, tokens, config, may_end, stop=stops, expected=expected[row] if expected else ())
+        canvases.append(replace(canvas, key=keys[row]) if keys else canvas)
     yield from run(model, canvases, config, generator, evaluations)
 
 
@@ -329,7 +334,17 @@ class _Sampler:
                 continue
             start, stop = row.active
             count = -(-row.canvas.widest // (self.config.steps_per_block or row.canvas.widest))
-            table.append((start, stop, len(row.tokens), row.canvas.may_end, row.canvas.lead, count, row.number))
+            table.append(
+                (
+                    start,
+                    stop,
+                    len(row.tokens),
+                    row.canvas.may_end,
+                    row.canvas.lead,
+                    count,
+                    row.number if row.canvas.key is None else row.canvas.key,
+                )
+            )
             opens.append((row.tokens[max(0, start) : stop].count(self.mask), count))
             asks_early |= max(start, row.canvas.begin) < row.canvas.may_end
         start_R, stop_R, end_R, may_end_R, lead_R, count_R, number_R = torch.tensor(table).to(self.device).T

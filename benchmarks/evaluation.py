@@ -10,13 +10,14 @@ of masked tokens uniform and stratified, and weight by M / n. The ratio is that 
 measured over seeds (with the small vocabulary): time x squared error of theirs over ours. `endings`: four answers of 8 to 32
 tokens after 60 to 100 (HellaSwag), 8 samples; `letters`: four single tokens after 200 (MMLU), for which one sample is
 exact. Random weights, blocks of 32, Qwen3's vocabulary (and a small one). Generation: answers that end at random, 60 tokens on
-average, from prompts of 100 to 200: in fixed batches, one after the other, and through one queue, which refills the rows of those
-that have ended. Times are the CPU's, so that what else runs there counts little.
+average, from prompts of 100 to 200: in fixed batches, each of which runs until its longest answer ends, and through one
+queue, which refills the rows of those that have ended. Times are the CPU's, so that what else runs there counts little.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import statistics
@@ -26,11 +27,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lm_eval.api.instance import Instance
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from a2d_core import embedded
-from a2d_core.harness import DiffusionLM
+from a2d_core import embedded, sampling
+from a2d_core.config import SampleConfig
 from a2d_core.models import DiffusionModel, Spec
 from a2d_core.scoring import Answer, Scorer
 
@@ -39,13 +39,13 @@ SMALL_VOCABULARY, VOCABULARY = 2048, 151936
 SHAPE = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
 
 
-def build(objective: str, vocabulary: int) -> DiffusionModel:
-    """A random Qwen3 as a diffusion model."""
+def build(objective: str, vocabulary: int, spread: float) -> DiffusionModel:
+    """A random Qwen3 as a diffusion model; the larger the spread of its embeddings, the more its logits differ."""
     torch.manual_seed(0)
     config = Qwen3Config(vocab_size=vocabulary, max_position_embeddings=2048, intermediate_size=768, tie_word_embeddings=True, **SHAPE)
     network = Qwen3ForCausalLM(config)
     with torch.no_grad():
-        network.model.embed_tokens.weight.mul_(4)  # logits that differ, so that there is an error to measure
+        network.model.embed_tokens.weight.mul_(spread)
     return DiffusionModel(network, embedded.build_tokenizer(), Spec(objective, BLOCK, vocabulary - 1)).eval()
 
 
@@ -93,7 +93,7 @@ def plain(model: DiffusionModel, answer: Answer, samples: int, generator: torch.
 
 def methods(objective: str, kind: str, vocabulary: int, count: int) -> tuple[dict[str, Callable[[int], list[float]]], int]:
     """Seed -> the log-likelihoods of all requests, by each method; and the number of requests."""
-    model, questions = build(objective, vocabulary), ask(kind, vocabulary, count)
+    model, questions = build(objective, vocabulary, 4.0), ask(kind, vocabulary, count)
     samples = SAMPLES if kind == "endings" else 1
     requests = [answer for question in questions for answer in question]
 
@@ -132,26 +132,32 @@ def in_turn(methods: dict[str, Callable[[int], Any]], repeats: int) -> tuple[dic
 
 
 def measure_generation(count: int, batch_size: int, repeats: int) -> dict[str, Any]:
-    """Tokens per second in fixed batches and through one queue."""
+    """Tokens of answers per second, in fixed batches and through one queue."""
     tokenizer = embedded.build_tokenizer()
-    model = build("bd3lm", len(tokenizer) + 1)
+    model = build("bd3lm", len(tokenizer) + 1, 1.0)
+    model.objective = dataclasses.replace(model.objective, block_size=8)
     for token in b"xyz":  # of 262 tokens that are all alike, four end an answer
         model.stop_at(token)
-    model.objective = type(model.objective)(8, model.spec.mask_token_id)
     generator = torch.Generator().manual_seed(2)
-    prompts = ["a" * int(torch.randint(100, 200, (), generator=generator)) for _ in range(count)]
-    requests = [Instance("generate_until", {}, (f"{i:03} {prompt}", {"max_gen_toks": 256}), i) for i, prompt in enumerate(prompts)]
-    lm = DiffusionLM(model, temperature=1.0, batch_size=batch_size)
+    lengths = torch.randint(100, 200, (count,), generator=generator).tolist()
+    prompts = [torch.randint(32, 97, (length,), generator=generator).tolist() for length in lengths]
+    config = SampleConfig(temperature=1.0, batch_size=batch_size, max_new_tokens=256)
 
-    def fixed(_: int) -> int:
-        batches = [requests[start : start + batch_size] for start in range(0, count, batch_size)]
-        return sum(len(text) for batch in batches for text in lm.generate_until(batch, disable_tqdm=True))
+    def queue(seed: int) -> list[int]:
+        found = sampling.generate(model, prompts, config, generator=torch.Generator().manual_seed(seed))
+        return [len(generation.tokens) + generation.finished for generation in found]
 
-    def queue(_: int) -> int:
-        return sum(map(len, lm.generate_until(requests, disable_tqdm=True)))
+    answers = queue(0)
 
-    times, tokens = in_turn({"fixed batches": fixed, "one queue": queue}, repeats)
-    speed = {name: tokens[name] / times[name] for name in times}
+    def fixed(_: int) -> list[int]:
+        for start in range(0, count, batch_size):
+            longest = max(answers[start : start + batch_size])
+            until_the_last = dataclasses.replace(config, max_new_tokens=longest, min_new_tokens=longest)
+            sampling.generate(model, prompts[start : start + batch_size], until_the_last)
+        return answers
+
+    seconds, _ = in_turn({"fixed batches": fixed, "one queue": queue}, repeats)
+    speed = {name: sum(answers) / seconds[name] for name in seconds}
     return {**speed, "ratio": speed["one queue"] / speed["fixed batches"]}
 
 

@@ -172,7 +172,13 @@ def test_two_processes_find_what_one_finds(checkpoints, tmp_path):
         output_type="multiple_choice", doc_to_text="{{question}}", doc_to_choice="{{choices}}", doc_to_target="{{answer}}",
         metric_list=[{"metric": "acc"}, {"metric": "exact_match"}],
     )  # fmt: skip
-    config = replace(SMALL, tasks=("yes_or_no", "words_sort"), task_dirs=(str(tmp_path),), limit=5, batch_size=1)
+    task_file(
+        tmp_path, task="drawn", dataset_path="json", dataset_kwargs={"data_files": {"test": str(tmp_path / "rows.json")}},
+        doc_to_text="{{question}}", doc_to_target="no", metric_list=[{"metric": "exact_match"}],
+        generation_kwargs={"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0},
+    )  # fmt: skip
+    # One at a time: in other company a number is rounded in another way, and this network has no clear opinion.
+    config = replace(SMALL, tasks=("yes_or_no", "drawn"), task_dirs=(str(tmp_path),), limit=5, batch_size=1)
     found = []
     for processes in (1, 2):
         summary = evaluate.run(config, SAMPLE, checkpoints["bd3lm"], tmp_path / str(processes), processes=processes)
@@ -182,7 +188,7 @@ def test_two_processes_find_what_one_finds(checkpoints, tmp_path):
     (one, its_samples), (two, their_samples) = found
     texts = [{name: value for name, value in summary["text"].items() if value is not None} for summary in (one, two)]
     assert texts[1] == pytest.approx(texts[0], rel=1e-5) and two["tasks"] == one["tasks"]
-    assert their_samples["words_sort"] == its_samples["words_sort"]
+    assert their_samples["drawn"] == its_samples["drawn"]
     for a, b in zip(its_samples["yes_or_no"], their_samples["yes_or_no"], strict=True):
         assert (a["doc_id"], a["nelbo_samples"], a["exact_match"]) == (b["doc_id"], b["nelbo_samples"], b["exact_match"])
         assert [score for ((score, _),) in a["resps"]] == pytest.approx([score for ((score, _),) in b["resps"]], rel=1e-5)

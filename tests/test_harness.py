@@ -136,6 +136,11 @@ def test_an_unknown_generation_argument_is_refused_by_name(model):
         DiffusionLM(model).generate_until(requests("generate_until", (PROMPTS[0], {"num_beams": 4})))
 
 
+def test_a_task_may_narrow_what_is_drawn_from(model):
+    sampler = DiffusionLM(model, top_k=9).sampler_for({"do_sample": True, "top_p": 0.5, "top_k": 4})
+    assert (sampler.top_p, sampler.top_k) == (0.5, 4)
+
+
 def test_one_beam_is_what_there_is(model):
     assert DiffusionLM(model).sampler_for({"num_beams": 1}) == DiffusionLM(model).sampler_for({})
 
