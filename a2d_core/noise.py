@@ -85,24 +85,26 @@ def draw_fixed_count_mask(seed: int, rows_B: Tensor, block_BL: Tensor, is_maskab
     """Masks with a fixed count: n of the M maskable tokens of each block, n uniform on 1..M, any n of them alike.
 
     Weighted by M / n, the cross-entropies of the masked tokens estimate the NELBO of the full range of t
-    without its 1/t tail (the count n marginalises t out: MDM as any-order AR, arXiv 2410.14157). The
-    `samples` draws K of a block's n are spread evenly over 1..M. Returns is_masked_KBL and weight_KBL.
+    without its 1/t tail (the count n marginalises t out: MDM as any-order AR, arXiv 2410.14157). The `samples` draws K
+    are systematic: a block's n are spread evenly over 1..M, and the masks take turns along one shuffled order of its tokens, so
+    that each token is masked about as often as any other. Returns is_masked_KBL and weight_KBL.
     """
     blocks = int(block_BL.max()) + 1
     view_K11 = torch.arange(samples, device=rows_B.device)[:, None, None]
     row_1B1 = rows_B[None, :, None]
-    position_11L = torch.arange(block_BL.shape[1], device=rows_B.device)[None, None, :]
     in_block_BNL = torch.nn.functional.one_hot(block_BL, blocks).transpose(1, 2)
     maskable_BN = (in_block_BNL * is_maskable_BL[:, None, :]).sum(-1)
     spread_KBN = (hashed_uniform(seed, 0, row_1B1, torch.arange(blocks, device=rows_B.device)[None, None, :]) + view_K11 / samples) % 1
-    count_KBN = (spread_KBN * maskable_BN).floor().clamp(max=(maskable_BN - 1).clamp(min=0)) + 1
+    count_KBN = (spread_KBN * maskable_BN).floor().long().clamp(max=(maskable_BN - 1).clamp(min=0)) + 1
     # Rank of each token in its block, the maskable ones first and shuffled: its place in an order by block, then by score.
-    score_KBL = hashed_uniform(seed, 1, row_1B1, view_K11, position_11L)
-    order_KBL = (block_BL + torch.where(is_maskable_BL, score_KBL.double() / 2, 0.75)).argsort(dim=-1)
+    score_BL = hashed_uniform(seed, 1, rows_B[:, None], torch.arange(block_BL.shape[1], device=rows_B.device)[None, :])
+    order_BL = (block_BL + torch.where(is_maskable_BL, score_BL.double() / 2, 0.75)).argsort(dim=-1)
     before_BN = in_block_BNL.sum(-1).cumsum(-1) - in_block_BNL.sum(-1)
-    rank_KBL = order_KBL.argsort(dim=-1) - before_BN.gather(-1, block_BL)
-    block_KBL = block_BL.expand(samples, -1, -1)
-    is_masked_KBL = (rank_KBL < count_KBN.gather(-1, block_KBL)) & is_maskable_BL
+    rank_BL = order_BL.argsort(dim=-1) - before_BN.gather(-1, block_BL)
+    turn_KBN = (count_KBN.cumsum(0) - count_KBN) % maskable_BN.clamp(min=1)
+    block_KBL, maskable_BL = block_BL.expand(samples, -1, -1), maskable_BN.gather(-1, block_BL)
+    place_KBL = (rank_BL - turn_KBN.gather(-1, block_KBL)) % maskable_BL.clamp(min=1)
+    is_masked_KBL = (place_KBL < count_KBN.gather(-1, block_KBL)) & is_maskable_BL
     return is_masked_KBL, (maskable_BN / count_KBN).gather(-1, block_KBL)
 
 

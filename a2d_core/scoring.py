@@ -21,8 +21,8 @@ from a2d_core.config import require
 from a2d_core.data import DiffusionCollator
 from a2d_core.models import DiffusionModel
 
-CERTAIN = 3.0
-"""A lead of so many standard errors decides; there are several rivals, and a look at them after each round."""
+CERTAIN = 2.0
+"""A lead of so many standard errors decides; since they err on the large side (`likelihood.Estimate`), it is three in truth."""
 
 
 @dataclass(frozen=True)

@@ -85,3 +85,24 @@ def test_fixed_count_masks_take_every_count_equally_often_and_any_subset() -> No
     assert torch.equal(weight[:, :, 0], 3 / first) and torch.equal(weight[:, :, 7], 4 / second)
     per_position = is_masked.float().mean((0, 1))[maskable[0]]
     assert (per_position - torch.tensor([2 / 3] * 3 + [2.5 / 4] * 4)).abs().max() < 0.04
+
+
+def test_the_masks_of_a_block_take_turns_so_that_each_token_is_masked_as_often_as_any_other() -> None:
+    block, maskable = (torch.arange(20) // 10).expand(50, -1), torch.ones(50, 20, dtype=torch.bool)
+    maskable[:, 15:] = False
+    is_masked, _ = noise.draw_fixed_count_mask(0, torch.arange(50), block, maskable, samples=8)
+    often = is_masked.sum(0)
+    for tokens in (often[:, :10], often[:, 10:15]):
+        assert (tokens.amax(1) - tokens.amin(1) <= 1).all() and tokens.float().std() > 0
+    assert (often[:, 15:] == 0).all()
+
+
+def test_all_masks_of_a_small_block_stand_for_the_expectation_over_the_random_ones() -> None:
+    block, maskable = (torch.arange(8) // 4).expand(1, -1), torch.ones(1, 8, dtype=torch.bool)
+    maskable[0, 1] = False
+    is_masked, weight, is_small = noise.every_mask(block, maskable, samples=7)
+    assert is_small[0].tolist() == [True] * 4 + [False] * 4  # 7 masks of three tokens, 15 of four
+    first = is_masked[:, 0, :4]
+    assert len({tuple(mask.tolist()) for mask in first}) == 7 and not first[:, 1].any()
+    # A token's expected weight is 1: the mean over n of (M / n) x (n / M).
+    assert torch.allclose((first * weight[:, 0, :4]).mean(0), torch.tensor([1.0, 0, 1, 1]))
