@@ -214,15 +214,15 @@ def test_the_worst_and_the_best_samples_are_those_with_the_lowest_and_highest_sc
 # --- what the suites run ---
 
 
-def saying(answer):
-    """A sampler that answers each prompt as it is told."""
+def let_answer(monkeypatch, answer):
+    """Put what `answer` makes of a prompt's text in the place of the sampler."""
 
     def stream(model, prompts, *_, **__):
-        for number, prompt in enumerate(prompts):
+        for row, prompt in enumerate(prompts):
             text = answer(model.tokenizer.decode(prompt))
-            yield sampling.Event(number, 1, generation=sampling.Generation(model.tokenizer(text)["input_ids"], 1, True, text, 0.0))
+            yield sampling.Event(row, 1, generation=sampling.Generation(model.tokenizer(text)["input_ids"], 1, True, text, 0.0))
 
-    return stream
+    monkeypatch.setattr(sampling, "stream", stream)
 
 
 def test_generative_hellaswag_counts_the_first_letter_of_an_ending(checkpoints, tmp_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_generative_hellaswag_counts_the_first_letter_of_an_ending(checkpoints, 
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     answers = iter(["A.", "the 2nd: B", "C", "z"])
 
-    monkeypatch.setattr(sampling, "stream", saying(lambda prompt: next(answers)))
+    let_answer(monkeypatch, lambda prompt: next(answers))
     config = EvaluateConfig(tasks=("hellaswag_gen",), datasets={"hellaswag_gen": str(tmp_path)}, text_dataset=None, num_fewshot=0)
     evaluate.run(config, SampleConfig(), checkpoints["mdlm"], tmp_path / "out")
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
@@ -262,7 +262,7 @@ def test_programs_of_humaneval_and_mbpp_run_in_the_sandbox_and_only_with_leave(c
     adding = iter(["    return a + b\n```", "    return a - b\n```"])
     twos = iter(["\ndef two(): return 2\n```", "\nimport os\nos._exit(0)\n```"])  # a word right behind ``` is a language to lm-eval
 
-    monkeypatch.setattr(sampling, "stream", saying(lambda prompt: next(adding if "add(" in prompt else twos)))
+    let_answer(monkeypatch, lambda prompt: next(adding if "add(" in prompt else twos))
     config = dataclasses.replace(config, code_execution=True)
     rows = evaluate.run(config, SampleConfig(), checkpoints["mdlm"], tmp_path / "out")["tasks"]
     found = [(row["task"], row["metric"], row["value"], row["documents"]) for row in rows]

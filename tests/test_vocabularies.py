@@ -136,15 +136,16 @@ def test_a_mask_that_means_something_else_is_refused(text, tmp_path):
 def test_a_generated_pad_is_a_token_like_any_other(tmp_path, monkeypatch):
     """Published samplers count the tokens that are not pads: there a pad in an answer moves all that follows it."""
     model = convert(byte_level(eos_token="<|end|>", pad_token="<|pad|>", extra_special_tokens=["<|other|>"]), tmp_path)
-    hidden, logits = model.hidden, model.logits
+    hidden = model.hidden
 
     def positions_while_generating(token: str) -> list[torch.Tensor]:
         wanted, seen = model.tokenizer.convert_tokens_to_ids(token), []
         monkeypatch.setattr(
             model, "hidden", lambda ids, slots, *more, **named: seen.append(slots.position) or hidden(ids, slots, *more, **named)
         )
-        monkeypatch.setattr(model, "logits", lambda x: logits(x).index_fill(-1, torch.tensor([wanted]), 1e4))
-        generation = sampling.generate(model, [model.encode("abc", chat=False)], SampleConfig(max_new_tokens=9))[0]
+        others = tuple(token for token in range(model.network.config.vocab_size) if token != wanted)
+        config = SampleConfig(max_new_tokens=9, suppressed_tokens=others)
+        generation = sampling.generate(model, [model.encode("abc", chat=False)], config)[0]
         assert generation.tokens == [wanted] * 9 and not generation.finished
         return seen
 
