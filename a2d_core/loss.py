@@ -39,10 +39,10 @@ class Head:
             logits[..., self.excluded_token] = -torch.inf
         return logits
 
-    def slope(self, logits: Tensor) -> Tensor | float:
-        """d logits / d (hidden @ weight.T + bias), from the logits; 0 where a token is excluded."""
+    def slope(self, logits: Tensor) -> Tensor | float | None:
+        """d logits / d (hidden @ weight.T + bias), from the logits; 0 where a token is excluded. None: it is 1."""
         if self.softcap is None:
-            return self.scale
+            return None if self.scale == 1 else self.scale
         return (self.scale * (1 - (logits / self.softcap) ** 2)).clamp(min=0)
 
 
@@ -86,17 +86,20 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 chunk = slice(start, start + rows)
                 hidden_CH, target_C1, coefficient_C1 = hidden_MH[chunk].to(dtype), target_M[chunk, None], coefficient_M[chunk, None]
                 logits_CV = head.logits(hidden_CH, weight, bias)
-                log_sum_C1 = logits_CV.logsumexp(-1, keepdim=True)
-                ce_M[chunk] = (log_sum_C1 - logits_CV.gather(-1, target_C1))[:, 0]
+                log_probability_CV = logits_CV.log_softmax(-1)
+                ce_M[chunk] = -log_probability_CV.gather(-1, target_C1)[:, 0]
                 if not (wants_hidden or wants_weight or wants_bias):
                     continue
-                slope = head.slope(logits_CV)
-                d_logits_CV = logits_CV.sub_(log_sum_C1).exp_().mul_(coefficient_C1)
+                d_logits_CV = log_probability_CV.exp_().mul_(coefficient_C1)
                 d_logits_CV.scatter_add_(-1, target_C1, -coefficient_C1)
-                d_linear_CV = d_logits_CV.mul_(slope).to(dtype)
+                if (slope := head.slope(logits_CV)) is not None:
+                    d_logits_CV.mul_(slope)
+                d_linear_CV = d_logits_CV.to(dtype)
                 if d_hidden_MH is not None:
                     d_hidden_MH[chunk] = d_linear_CV @ weight
-                if d_weight_VH is not None:
+                if d_weight_VH is not None and dtype == torch.float32:
+                    d_weight_VH.addmm_(d_linear_CV.T, hidden_CH)
+                elif d_weight_VH is not None:
                     d_weight_VH += d_linear_CV.T @ hidden_CH
                 if d_bias_V is not None:
                     d_bias_V += d_linear_CV.float().sum(0)
@@ -108,5 +111,6 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         kinds = ctx.hidden_dtype, ctx.weight_dtype, ctx.weight_dtype
-        gradients = [None if d is None else (d * d_total).to(kind) for d, kind in zip(ctx.saved_tensors, kinds, strict=True)]
+        # In place: [V, H] is large, and autograd notices where a graph that was kept is gone through again.
+        gradients = [None if d is None else d.mul_(d_total).to(kind) for d, kind in zip(ctx.saved_tensors, kinds, strict=True)]
         return (*gradients, None, None, None)
