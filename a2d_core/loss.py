@@ -98,7 +98,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 if d_hidden_MH is not None:
                     d_hidden_MH[chunk] = d_linear_CV @ weight
                 if d_weight_VH is not None and dtype == torch.float32:
-                    d_weight_VH.addmm_(d_linear_CV.T, hidden_CH)
+                    torch.addmm(d_weight_VH, d_linear_CV.T, hidden_CH, out=d_weight_VH)
                 elif d_weight_VH is not None:
                     d_weight_VH += d_linear_CV.T @ hidden_CH
                 if d_bias_V is not None:
