@@ -13,6 +13,8 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits held at once: 64 MiB of float32."""
+CHUNK_ROWS = 128
+"""A chunk has a multiple of so many rows: each chunk adds up [V, H] once."""
 ROWS_MULTIPLE = 128
 """The head runs on a multiple of so many rows: a new shape at every step would have its kernel compiled, and kept, at every step."""
 
@@ -81,7 +83,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             d_hidden_MH = torch.empty_like(hidden_MH) if wants_hidden else None
             d_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
             d_bias_V = torch.zeros(len(weight_VH), device=hidden_MH.device) if wants_bias else None
-            rows = max(1, CHUNK_ELEMENTS // len(weight_VH))
+            rows = -(-max(1, CHUNK_ELEMENTS // len(weight_VH)) // CHUNK_ROWS) * CHUNK_ROWS
             for start in range(0, len(target_M), rows):
                 chunk = slice(start, start + rows)
                 hidden_CH, target_C1, coefficient_C1 = hidden_MH[chunk].to(dtype), target_M[chunk, None], coefficient_M[chunk, None]
@@ -90,19 +92,19 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 ce_M[chunk] = -log_probability_CV.gather(-1, target_C1)[:, 0]
                 if not (wants_hidden or wants_weight or wants_bias):
                     continue
-                d_logits_CV = log_probability_CV.exp_().mul_(coefficient_C1)
-                d_logits_CV.scatter_add_(-1, target_C1, -coefficient_C1)
+                # The coefficient scales a position's whole row, so it goes to the small factors of the products below.
+                d_logits_CV = log_probability_CV.exp_().scatter_add_(-1, target_C1, -torch.ones_like(coefficient_C1))
                 if (slope := head.slope(logits_CV)) is not None:
                     d_logits_CV.mul_(slope)
-                d_linear_CV = d_logits_CV.to(dtype)
+                d_linear_CV, scaled_CH = d_logits_CV.to(dtype), hidden_CH * coefficient_C1.to(dtype)
                 if d_hidden_MH is not None:
-                    d_hidden_MH[chunk] = d_linear_CV @ weight
+                    d_hidden_MH[chunk] = (d_linear_CV @ weight) * coefficient_C1
                 if d_weight_VH is not None and dtype == torch.float32:
-                    torch.addmm(d_weight_VH, d_linear_CV.T, hidden_CH, out=d_weight_VH)
+                    torch.addmm(d_weight_VH, d_linear_CV.T, scaled_CH, out=d_weight_VH)
                 elif d_weight_VH is not None:
-                    d_weight_VH += d_linear_CV.T @ hidden_CH
+                    d_weight_VH += d_linear_CV.T @ scaled_CH
                 if d_bias_V is not None:
-                    d_bias_V += d_linear_CV.float().sum(0)
+                    d_bias_V += (d_logits_CV * coefficient_C1).sum(0)
         ctx.save_for_backward(d_hidden_MH, d_weight_VH, d_bias_V)
         ctx.hidden_dtype, ctx.weight_dtype = hidden_MH.dtype, weight_VH.dtype
         ctx.mark_non_differentiable(ce_M)
