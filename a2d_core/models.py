@@ -154,7 +154,7 @@ class DiffusionModel(nn.Module):
         if implementation == "flex_attention" and cache is None and masks is None:  # few shapes to compile for, though lengths differ
             spare = -length % FLEX_TILE
             input_ids_BQ, slots = nn.functional.pad(input_ids_BQ, (0, spare)), slots.padded(spare)
-        masks = self._known_masks.get(known) if masks is None else masks
+        masks = self._known_masks.pop(known, None) if masks is None else masks
         if masks is None:
             masks = self.masks(slots, cached.then(slots) if cached is not None else slots)
         if known:
