@@ -42,16 +42,23 @@ def register(
     metrics: dict[str, Any],
     sample: SampleConfig,
     record: dict[str, Any] | None = None,
+    written: str | None = None,
 ) -> dict[str, Any]:
     """Register a checkpoint directory as a new version of model `name`, and return its name, version and URI.
 
     Needs an active MLflow run. `record` is what reviewers need of it, JSON-serialisable. Where a version with the same tag
     `mlflow.parent_run` holds the same weights, as when a step is run again, that version is returned instead of a second one.
+    Raises `UserError` where the weights have another digest than `written`, that of what training wrote.
     """
     import mlflow
 
+    weights = digest(model_dir)
+    require(
+        written in (None, weights),
+        f"the weights in '{model_dir}' are not those that training wrote (sha256 {weights[:12]}, not {[written]}): nothing is registered",
+    )
     client = mlflow.MlflowClient()
-    tags = {**tags, "review": "pending", DIGEST_TAG: digest(model_dir), CODE_TAG: code_version()}
+    tags = {**tags, "review": "pending", DIGEST_TAG: weights, CODE_TAG: code_version()}
     found = _found(client, name, tags)
     if found is None:
         info = _log(model_dir, sample, record or {})
