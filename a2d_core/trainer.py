@@ -239,9 +239,7 @@ class DiffusionTrainer(Trainer):
         for batch in self.get_eval_dataloader(eval_dataset):
             streams = batch["streams"]
             with self.compute_loss_context_manager():
-                estimate = likelihood.nelbo(
-                    self.model, streams, samples=2, seed=EVAL_SEED, rows_B=batch["row"],
-                )  # fmt: skip
+                estimate = likelihood.nelbo(self.model, streams, samples=2, seed=EVAL_SEED, rows_B=batch["row"])
             answer_BT = streams.is_maskable_BT & ~streams.is_fill_BT
             parts = estimate.nats_B, estimate.tokens_B, (estimate.nats_BT * answer_BT).sum(1), answer_BT.sum(1)
             gathered.append(self.accelerator.gather_for_metrics(torch.stack(parts, dim=1)).double().cpu())

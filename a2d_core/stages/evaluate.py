@@ -79,8 +79,8 @@ def run(
     _require_checkpoints(source_dir, model=model_dir, baseline=baseline_dir, pretrained=pretrained_dir)
     paths = {"model_dir": model_dir, "baseline_dir": baseline_dir, "pretrained_dir": pretrained_dir, "source_dir": source_dir}
     call: Row = {name: None if path is None else str(path) for name, path in paths.items()}
-    call |= {"evaluate": to_dict(config), "sample": to_dict(sample), "seed": seed, "output_dir": str(output_dir), "champion": champion}
-    call["objective"] = objective
+    call |= {"evaluate": to_dict(config), "sample": to_dict(sample), "seed": seed, "output_dir": str(output_dir)}
+    call |= {"objective": objective, "champion": champion}
     return launch.run("a2d_core.stages.evaluate:work", call, processes=processes)
 
 
@@ -115,9 +115,9 @@ def work(
         baseline = _score(config, parts, loaded, models.load(baseline_dir, objective=objective), rows_BL, seed)
     summary: Row = {"tasks": summarise(parts, results, baseline[0], champion), "text": None}
     if rows_BL is not None and nats_B is not None and bytes_B is not None:
-        pretrained_B = (
-            None if pretrained_dir is None else perplexity.nelbo(config, models.load(pretrained_dir, objective=objective), rows_BL, seed)
-        )
+        pretrained_B = None
+        if pretrained_dir is not None:
+            pretrained_B = perplexity.nelbo(config, models.load(pretrained_dir, objective=objective), rows_BL, seed)
         ar_B = None if source_dir is None else perplexity.autoregressive(source_dir, rows_BL, device)
         tokens = rows_BL[:, 1:].numel()
         summary["text"] = perplexity.summary(nats_B, bytes_B, tokens, ar_B=ar_B, pretrained=pretrained_B, baseline=baseline[1])

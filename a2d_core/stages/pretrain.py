@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from a2d_core import launch
 from a2d_core.config import TrainConfig
 from a2d_core.stages import training
 
@@ -16,37 +15,8 @@ if TYPE_CHECKING:  # heavy, and needed where the work is done
     from a2d_core.models import DiffusionModel
 
 
-def run(
-    config: TrainConfig,
-    model_dir: str | Path,
-    output_dir: str | Path,
-    *,
-    seed: int = 0,
-    processes: int = 1,
-    strategy: str = "ddp",
-    nodes: launch.Nodes = launch.ONE_NODE,
-    resume_from: str | None = None,
-    objective: str | None = None,
-) -> dict[str, Any]:
-    """Train on `config.dataset`; write `metrics.jsonl`, `checkpoint-N` and `checkpoint-final` below `output_dir`.
-
-    `processes` of this node share the training by `strategy`; of several `nodes`, which share `output_dir`, each calls this.
-    `resume_from`: a `checkpoint-N` directory of the same run.
-    Returns the held-out NELBO (nats per token), tokens per second, steps, peak memory, and how many documents were
-    dropped for which reason.
-    """
-    return training.run(
-        "pretrain",
-        config,
-        model_dir,
-        output_dir,
-        seed=seed,
-        processes=processes,
-        strategy=strategy,
-        nodes=nodes,
-        resume_from=resume_from,
-        objective=objective,
-    )
+run = partial(training.run, "pretrain")
+"""Train: see `training.run`, whose other arguments these are."""
 
 
 def prepare(config: TrainConfig, model: DiffusionModel, seed: int) -> tuple[Any, Dataset, trainer.Fill, dict[str, Any]]:

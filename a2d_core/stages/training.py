@@ -18,14 +18,20 @@ def run(
     model_dir: str | Path,
     output_dir: str | Path,
     *,
-    seed: int,
+    seed: int = 0,
     processes: int = 1,
     strategy: str = "ddp",
     nodes: launch.Nodes = launch.ONE_NODE,
     resume_from: str | None = None,
     objective: str | None = None,
 ) -> dict[str, Any]:
-    """Train in each of `processes` processes on the rows that the stage's module prepares; return what the first one returns."""
+    """Train on `config.dataset`; write `metrics.jsonl`, `checkpoint-N` and `checkpoint-final` below `output_dir`.
+
+    `processes` of this node share the training by `strategy`; of several `nodes`, which share `output_dir`, each calls this.
+    `resume_from`: a `checkpoint-N` directory of the same run. The rows are those that the stage's module prepares.
+    Returns the held-out NELBO (nats per token), tokens per second, steps, peak memory, and how many documents or assistant
+    turns were dropped for which reason.
+    """
     if resume_from:
         checkpoints.check(Path(resume_from))
     checks.room_for_checkpoints(config, model_dir, output_dir)

@@ -23,9 +23,10 @@ from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from a2d_core.config import EvaluateConfig, UserError, require
+from a2d_core.data import readers
 
 HERE = Path(__file__).parent
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+BUILDERS = {suffix: builder for suffix, builder in readers.BUILDERS.items() if suffix != ".txt"}
 """Ending of a file with data -> what `datasets` reads it with."""
 ANSWERED = ("generate_until", "loglikelihood", "loglikelihood_rolling", "multiple_choice")
 """What a task may ask of the model."""
