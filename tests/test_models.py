@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 import transformers
 from families import FAMILIES, diffusion_model, network
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from a2d_core import conversion, embedded, models
 from a2d_core.config import ConvertConfig, UserError
@@ -220,3 +223,32 @@ def test_a_family_without_flex_attention_says_so() -> None:
     assert model.network.config._attn_implementation == "sdpa"
     with pytest.raises(UserError, match="GPT2LMHeadModel has no FlexAttention in transformers: set attention=auto"):
         model.set_attention("flex_attention")
+
+
+def test_bfloat16_training_on_a_cpu_attends_in_float32_and_its_gradient_is_that_of_the_plain_kernel() -> None:
+    model = diffusion_model(family="qwen3").train()
+    ids = torch.arange(3, 19)[None]
+    layout = model.objective.layout(
+        model.objective.streams(ids, torch.ones_like(ids)), (torch.arange(16) % 2 == 0)[None, None], torch.ones(1, 1, 16)
+    )
+
+    class Dtypes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "scaled_dot_product" in str(function):
+                seen.append((str(function), args[0].dtype if "backward" not in str(function) else args[1].dtype))
+            return function(*args, **(kwargs or {}))
+
+    gradients = []
+    for kernel in (nullcontext(), sdpa_kernel(SDPBackend.MATH)):
+        seen: list[tuple[str, torch.dtype]] = []
+        model.zero_grad(set_to_none=True)
+        with kernel, torch.autocast("cpu", torch.bfloat16):
+            with Dtypes():
+                loss = model(layout)[0]
+            loss.backward()
+        gradients.append([weight.grad for weight in model.parameters() if weight.grad is not None])
+        if isinstance(kernel, nullcontext):
+            assert {dtype for _, dtype in seen} == {torch.float32}
+            assert all("flash" in name for name, _ in seen) and len(seen) == model.network.config.num_hidden_layers
+    fused, plain = (torch.cat([grad.flatten() for grad in found]) for found in gradients)
+    assert (fused - plain).norm() < 0.03 * plain.norm()
