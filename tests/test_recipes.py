@@ -34,8 +34,19 @@ CHANGED = {
     "compute": {"platform", "convert", "train", "generate"},
 }
 """All that a stand-in may have otherwise than its preset."""
-IN_THE_FLOW = (("qwen3-0.6b-openwebtext", "bd3lm"), ("published-sft", "mdlm"))
-"""What is run through the flow in every run of the tests; the others are marked long."""
+IN_THE_FLOW = {"qwen3-0.6b-openwebtext": ("bd3lm",), "published-sft": ("mdlm",)}
+"""What every run of the tests takes through the flow; the others are marked long."""
+IN_PROCESS = {
+    "default": ("bd3lm",),
+    "tiny": ("mdlm",),
+    "qwen3-0.6b": ("bd3lm",),
+    "qwen3-0.6b-shakespeare": OBJECTIVES,
+    "qwen3-0.6b-alpaca": OBJECTIVES,
+    "qwen3-0.6b-openwebtext": ("mdlm",),
+    "published-sft": ("bd3lm",),
+    "qwen2.5-coder-0.5b": ("mdlm",),
+}
+"""What every run of the tests takes through the stages in one process; `smoke` is run by test_flow.py."""
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -157,6 +168,13 @@ def test_the_origins_recipes_have_the_origins_values(name: str, objective: str) 
     assert (train.processes, train.strategy) == ((1, "ddp") if name == "qwen3-0.6b-shakespeare" else (8, "zero2"))
 
 
+@pytest.mark.parametrize("name", ["qwen3-0.6b-8gpu", "qwen3-0.6b-batch"])
+def test_a_cluster_trains_as_one_gpu_does(name: str) -> None:
+    ours, theirs = (to_dict(presets.resolve(presets.read(preset), "bd3lm")) for preset in (name, "qwen3-0.6b"))
+    theirs["sft"]["gradient_accumulation_steps"] = 1
+    assert {part for part in theirs if ours[part] != theirs[part]} == {"name", "compute"}
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("name", presets.names())
 def test_a_stand_in_is_its_preset_but_for_model_data_sizes_and_machine(name: str, objective: str, stand_ins: Path, tmp_path: Path) -> None:
@@ -199,7 +217,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "objective"),
-    [*((name, "bd3lm") for name in presets.names()), *((name, "mdlm") for name in EXACT)],
+    [(name, objective) for name, objectives in IN_PROCESS.items() for objective in objectives],
 )
 def test_a_preset_runs_from_convert_to_register(name: str, objective: str, stand_ins: Path, room: Path) -> None:
     folder = room / f"{name}-{objective}"
@@ -224,7 +242,7 @@ def test_a_preset_runs_from_convert_to_register(name: str, objective: str, stand
 @pytest.mark.parametrize(
     ("name", "objective"),
     [
-        pytest.param(name, objective, marks=() if (name, objective) in IN_THE_FLOW else pytest.mark.long)
+        pytest.param(name, objective, marks=() if objective in IN_THE_FLOW.get(name, ()) else pytest.mark.long)
         for name in presets.names()
         for objective in OBJECTIVES
     ],
