@@ -1,6 +1,6 @@
 """The loss: cross-entropy at the masked positions, in nats, without a tensor of logits for all of them."""
 
-# Shapes: M scored positions, C positions of a chunk, H hidden, V vocabulary
+# Shapes: M scored positions, G positions of a group of chunks, C positions of a chunk, H hidden, V vocabulary
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 24
 """Logits held at once: 64 MiB of float32."""
 CHUNK_ROWS = 128
-"""A chunk has a multiple of so many rows: each chunk adds up [V, H] once."""
+"""A chunk has a multiple of so many rows."""
+GROUP_CHUNKS = 4
+"""In half precision the logits' gradient is kept for so many chunks: each group of them adds up [V, H] once."""
 ROWS_MULTIPLE = 128
 """The head runs on a multiple of so many rows: a new shape at every step would have its kernel compiled, and kept, at every step."""
 
@@ -84,27 +86,34 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             d_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
             d_bias_V = torch.zeros(len(weight_VH), device=hidden_MH.device) if wants_bias else None
             rows = -(-max(1, CHUNK_ELEMENTS // len(weight_VH)) // CHUNK_ROWS) * CHUNK_ROWS
-            for start in range(0, len(target_M), rows):
-                chunk = slice(start, start + rows)
-                hidden_CH, target_C1, coefficient_C1 = hidden_MH[chunk].to(dtype), target_M[chunk, None], coefficient_M[chunk, None]
-                logits_CV = head.logits(hidden_CH, weight, bias)
-                log_probability_CV = logits_CV.log_softmax(-1)
-                ce_M[chunk] = -log_probability_CV.gather(-1, target_C1)[:, 0]
-                if not (wants_hidden or wants_weight or wants_bias):
-                    continue
-                # The coefficient scales a position's whole row, so it goes to the small factors of the products below.
-                d_logits_CV = log_probability_CV.exp_().scatter_add_(-1, target_C1, -torch.ones_like(coefficient_C1))
-                if (slope := head.slope(logits_CV)) is not None:
-                    d_logits_CV.mul_(slope)
-                d_linear_CV, scaled_CH = d_logits_CV.to(dtype), hidden_CH * coefficient_C1.to(dtype)
+            is_grouped = dtype != torch.float32
+            group_rows = rows * GROUP_CHUNKS if is_grouped else rows
+            for first in range(0, len(target_M), group_rows):
+                group = slice(first, min(first + group_rows, len(target_M)))
+                hidden_GH, coefficient_G1 = hidden_MH[group].to(dtype), coefficient_M[group, None]
+                d_linear_GV = hidden_GH.new_empty(len(hidden_GH) if is_grouped else 0, len(weight))
+                for start in range(first, group.stop, rows):
+                    chunk = slice(start, min(start + rows, group.stop))
+                    within, target_C1 = slice(start - first, chunk.stop - first), target_M[chunk, None]
+                    logits_CV = head.logits(hidden_GH[within], weight, bias)
+                    log_probability_CV = logits_CV.log_softmax(-1)
+                    ce_M[chunk] = -log_probability_CV.gather(-1, target_C1)[:, 0]
+                    if not (wants_hidden or wants_weight or wants_bias):
+                        continue
+                    # The coefficient scales a position's whole row, so it goes to the small factors of the products below.
+                    d_logits_CV = log_probability_CV.exp_().scatter_add_(-1, target_C1, -torch.ones_like(coefficient_M[chunk, None]))
+                    if (slope := head.slope(logits_CV)) is not None:
+                        d_logits_CV.mul_(slope)
+                    if d_bias_V is not None:
+                        d_bias_V += (d_logits_CV * coefficient_M[chunk, None]).sum(0)
+                    if is_grouped:
+                        d_linear_GV[within] = d_logits_CV
+                    else:
+                        d_linear_GV = d_logits_CV
                 if d_hidden_MH is not None:
-                    d_hidden_MH[chunk] = (d_linear_CV @ weight) * coefficient_C1
-                if d_weight_VH is not None and dtype == torch.float32:
-                    torch.addmm(d_weight_VH, d_linear_CV.T, scaled_CH, out=d_weight_VH)
-                elif d_weight_VH is not None:
-                    d_weight_VH += d_linear_CV.T @ scaled_CH
-                if d_bias_V is not None:
-                    d_bias_V += (d_logits_CV * coefficient_C1).sum(0)
+                    d_hidden_MH[group] = (d_linear_GV @ weight) * coefficient_G1
+                if d_weight_VH is not None:
+                    _add_product(d_weight_VH, d_linear_GV.T, hidden_GH * coefficient_G1.to(dtype))
         ctx.save_for_backward(d_hidden_MH, d_weight_VH, d_bias_V)
         ctx.hidden_dtype, ctx.weight_dtype = hidden_MH.dtype, weight_VH.dtype
         ctx.mark_non_differentiable(ce_M)
@@ -116,3 +125,11 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         # In place: [V, H] is large, and autograd notices where a graph that was kept is gone through again.
         gradients = [None if d is None else d.mul_(d_total).to(kind) for d, kind in zip(ctx.saved_tensors, kinds, strict=True)]
         return (*gradients, None, None, None)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, where total is in float32."""
+    if left.dtype == torch.float32:
+        torch.addmm(total, left, right, out=total)
+    else:
+        total += left @ right
