@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import commands, launch, tracking
-from a2d_core.config import OBJECTIVES, Recipe, StoppedError, UserError, describe
+from a2d_core.config import OBJECTIVES, Recipe, StoppedError, UserError
+from a2d_core.settings import describe
 from a2d_core.stages import checks
 
 

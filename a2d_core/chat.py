@@ -13,8 +13,9 @@ import torch
 from jinja2 import TemplateError
 
 from a2d_core import sampling
-from a2d_core.config import SampleConfig, UserError, build, describe, parse_override, require, to_dict
+from a2d_core.config import SampleConfig, UserError, require
 from a2d_core.models import DiffusionModel
+from a2d_core.settings import build, describe, parse_override, to_dict
 from a2d_core.watch import Watched
 
 HELP = """\

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import launch, presets, strategies, suites, tracking
-from a2d_core.config import OBJECTIVES, STAGES, Recipe, TrackingConfig, build, parse_override, parse_sources, require, to_dict
+from a2d_core.config import OBJECTIVES, STAGES, Recipe, TrackingConfig, parse_sources, require
 from a2d_core.follow import Follower
+from a2d_core.settings import build, parse_override, to_dict
 from a2d_core.stages import checks, prompts
 
 USES = {

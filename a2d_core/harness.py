@@ -27,9 +27,10 @@ from lm_eval.api.task import Task
 from tqdm.auto import tqdm
 
 from a2d_core import launch, models, sampling, tasks
-from a2d_core.config import SampleConfig, UserError, build, require, to_dict
+from a2d_core.config import SampleConfig, UserError, require
 from a2d_core.models import DiffusionModel
 from a2d_core.scoring import Answer, Score, Scorer
+from a2d_core.settings import build, to_dict
 
 GENERATION_ARGUMENTS = ("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k")
 """What a task may ask of a generation; `max_new_tokens` is another name for `max_gen_toks`, and `num_beams` may be 1."""

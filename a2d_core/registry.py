@@ -23,8 +23,9 @@ from typing import Any
 
 import a2d_core
 from a2d_core import gate
-from a2d_core.config import SampleConfig, UserError, require, to_dict
+from a2d_core.config import SampleConfig, UserError, require
 from a2d_core.review import Version
+from a2d_core.settings import parameters, to_dict
 from a2d_core.tracking import finite_numbers
 
 REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "jinja2", "numpy")
@@ -281,7 +282,7 @@ def _log(model_dir: str | Path, sample: SampleConfig, record: dict[str, Any]) ->
     from mlflow.types.schema import AnyType, ColSpec, ParamSchema, Schema
 
     package = Path(a2d_core.__file__).parent
-    params = [_parameter(name, value) for name, value in sample.parameters().items()]
+    params = [_parameter(name, value) for name, value in parameters(sample).items()]
     prompt = ColSpec(AnyType(), "prompt")  # of a "string" the server makes text of whatever comes; the model itself wants text
     with tempfile.TemporaryDirectory(prefix="a2d-register-") as room, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided")  # it would be run, on whatever machine this is

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
-    ["config", "noise", "loss"],
+    ["config", "settings", "noise", "loss"],
     [
         "attention",
         "objectives",
@@ -38,6 +38,7 @@ ORDER = [room for layer in LAYERS for room in layer]
 FILES = sorted((ROOT / "a2d_core").rglob("*.py"))
 NUMERIC_CORE = [
     "config",
+    "settings",
     "noise",
     "objectives",
     "attention",
@@ -59,6 +60,7 @@ NUMERIC_CORE = [
 ]
 QUICK = [
     "config",
+    "settings",
     "presets",
     "strategies",
     "suites",

@@ -17,7 +17,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from a2d_core.config import OBJECTIVES, Recipe, UserError, apply_overrides, build, check_objective, parse_override, require
+from a2d_core.config import OBJECTIVES, Recipe, UserError, check_objective, require
+from a2d_core.settings import apply_overrides, build, parse_override
 
 HERE = Path(__file__).parent
 SUFFIXES = (".toml", ".json")

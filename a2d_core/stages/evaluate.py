@@ -26,10 +26,11 @@ from lm_eval.utils import handle_non_serializable
 from torch import Tensor
 
 from a2d_core import embedded, launch, models, perplexity, report, sandbox, suites, tasks
-from a2d_core.config import EvaluateConfig, SampleConfig, build, parse_override, require, to_dict
+from a2d_core.config import EvaluateConfig, SampleConfig, require
 from a2d_core.harness import DiffusionLM
 from a2d_core.models import DiffusionModel
 from a2d_core.scoring import Score
+from a2d_core.settings import build, parse_override, to_dict
 from a2d_core.stages import checks
 from a2d_core.suites import Part
 

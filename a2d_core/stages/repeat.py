@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from a2d_core.config import EvaluateConfig, SampleConfig, build, require
+from a2d_core.config import EvaluateConfig, SampleConfig, require
+from a2d_core.settings import build
 from a2d_core.stages import checks, evaluate
 
 Row = dict[str, Any]

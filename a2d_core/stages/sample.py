@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from a2d_core import infill as gaps
 from a2d_core import models, replay, sampling
-from a2d_core.config import SampleConfig, UserError, require, to_dict
+from a2d_core.config import SampleConfig, UserError, require
 from a2d_core.models import DiffusionModel
+from a2d_core.settings import to_dict
 from a2d_core.stages import prompts
 from a2d_core.stages.prompts import Row
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import checkpoints, launch, registry
-from a2d_core.config import TrainConfig, build, require, to_dict
+from a2d_core.config import TrainConfig, require
+from a2d_core.settings import build, to_dict
 from a2d_core.stages import checks
 
 

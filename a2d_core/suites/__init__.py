@@ -19,7 +19,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from a2d_core.config import OBJECTIVES, EvaluateConfig, SampleConfig, UserError, build, check_objective, require, to_dict
+from a2d_core.config import OBJECTIVES, EvaluateConfig, SampleConfig, UserError, check_objective, require
+from a2d_core.settings import build, to_dict
 
 HERE = Path(__file__).parent
 
