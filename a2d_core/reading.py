@@ -38,7 +38,7 @@ def load_network(
     config = read_config(path, **options)
     refuse_unsupported(config)
     if Path(path).is_dir():
-        _look_at_files(Path(path), allow_pickle)
+        check_files(Path(path), allow_pickle=allow_pickle)
     try:
         network, told = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, use_safetensors=None if allow_pickle else True, output_loading_info=True, **options
@@ -84,8 +84,8 @@ def refuse_unsupported(config: Any) -> None:
     require(not getattr(network, "_is_stateful", False), f"{name} keeps a recurrent state, which cannot be made bidirectional: {_ADVICE}")
 
 
-def _look_at_files(folder: Path, allow_pickle: bool) -> None:
-    """Damage that shows in the files: raise `UserError` before any weight is read."""
+def check_files(folder: Path, *, allow_pickle: bool = False) -> None:
+    """Raise `UserError` where the files of a model directory show, before any weight is read, that some are damaged or not there."""
     shards = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():

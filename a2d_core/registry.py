@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import a2d_core
-from a2d_core import gate
+from a2d_core import checkpoints, gate
 from a2d_core.config import SampleConfig, UserError, require
 from a2d_core.review import Version
 from a2d_core.settings import parameters, to_dict
@@ -53,7 +53,7 @@ def register(
     """
     import mlflow
 
-    weights = digest(model_dir)
+    weights = checkpoints.digest(model_dir)
     require(
         written in (None, weights),
         f"the weights in '{model_dir}' are not those that training wrote (sha256 {weights[:12]}, not {[written]}): nothing is registered",
@@ -69,22 +69,18 @@ def register(
     return {"name": name, "version": int(found), "uri": f"models:/{name}/{found}"}
 
 
-def digest(model_dir: str | Path) -> str:
-    """The SHA-256 of a checkpoint's weights."""
-    total = hashlib.sha256()
-    for path in sorted(Path(model_dir).glob("*.safetensors")):
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+def source_digest() -> str:
+    """The SHA-256 of the package's source."""
+    package, source = Path(a2d_core.__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        source.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return source.hexdigest()
 
 
 def code_version() -> str:
     """What code this is: a digest of the package's source, and the git commit where it lies in a checkout."""
     package = Path(a2d_core.__file__).parent
-    source = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        source.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    words = f"source {source.hexdigest()[:12]}"
+    words = f"source {source_digest()[:12]}"
     if not (package.parent / ".git").exists() or shutil.which("git") is None:
         return words
 

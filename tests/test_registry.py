@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from a2d_core import __main__ as cli
-from a2d_core import gate, models, presets, registry, review, sampling, settings, tracking
+from a2d_core import checkpoints, gate, models, presets, registry, review, sampling, settings, tracking
 from a2d_core.config import ConvertConfig, SampleConfig, UserError
 from a2d_core.stages import convert, register
 
@@ -62,7 +62,7 @@ def put(parent, tmp_path_factory):
         model.save(folder)
         tags = {"mlflow.parent_run": parent, "metaflow.run": "A2DFlow/1", "gate": "passed"}
         samples = [{"prompt": "Upper: sea", "answer": "SEA"}]
-        facts = {"sft": {"weights_sha256": written or registry.digest(folder), "data_digest": "d" * 64, "train_rows": 3}}
+        facts = {"sft": {"weights_sha256": written or checkpoints.digest(folder), "data_digest": "d" * 64, "train_rows": 3}}
         with tracking.stage_run(parent, "register"):
             return register.run(folder, RECIPE, tags=tags, results=evaluation(task(0.9)), samples=samples, facts=facts)
 
@@ -286,9 +286,9 @@ def test_weights_that_training_did_not_write_are_refused(put, model, registered,
 
 def test_a_stage_says_which_weights_it_wrote(tmp_path):
     facts = convert.run(ConvertConfig(model="embedded:smoke", block_size=8), "bd3lm", tmp_path)
-    assert facts["weights_sha256"] == registry.digest(tmp_path)
+    assert facts["weights_sha256"] == checkpoints.digest(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-1] + b"x")
-    assert facts["weights_sha256"] != registry.digest(tmp_path)
+    assert facts["weights_sha256"] != checkpoints.digest(tmp_path)
 
 
 def test_a_version_says_where_it_comes_from(registered, client):

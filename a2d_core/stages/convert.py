@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from a2d_core import conversion, embedded, registry
+from a2d_core import checkpoints, conversion, embedded
 from a2d_core.config import ConvertConfig, check_objective, require
 
 
@@ -27,5 +27,5 @@ def run(config: ConvertConfig, objective: str, output_dir: str | Path, *, seed: 
         "mask_token_id": model.spec.mask_token_id,
         "block_size": model.objective.block_size,
         "source": source,
-        "weights_sha256": registry.digest(output_dir),
+        "weights_sha256": checkpoints.digest(output_dir),
     }
