@@ -13,7 +13,7 @@ import dataclasses
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -385,11 +385,8 @@ class DiffusionLM(TemplateLM):
         return [not continuation or is_same[tuple(context), tuple(continuation)] for context, continuation in pairs]
 
     def _require_room(self, context: int, answer: int) -> None:
-        if self.max_length is not None and context + answer > self.max_length:
-            raise UserError(
-                f"a request has a context of {context} tokens and an answer of {answer}, and the model has {self.max_length} positions: "
-                "lower num_fewshot or the task's max_gen_toks, or leave the task out"
-            )
+        what = f"a request of {context} tokens with an answer of {answer}"
+        self.model.require_room(context + answer, what, "lower num_fewshot or the task's max_gen_toks, or leave the task out")
 
 
 @register_model("a2d_mdlm")
@@ -412,11 +409,6 @@ def _listed(until: str | Sequence[str]) -> Sequence[str]:
 
 def _effort(generation: sampling.Generation) -> dict[str, float]:
     return {"tokens": len(generation.tokens) + generation.finished, "nfe": generation.nfe, "logprob": generation.logprob}
-
-
-def _batches(rows: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def _answers(question: list[_Asked]) -> list[Answer]:

@@ -87,6 +87,11 @@ class DiffusionModel(nn.Module):
         """Positions that the network was made for; None where it has no limit."""
         return getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
 
+    def require_room(self, positions: int, what: str, remedy: str) -> None:
+        """Raise `UserError` where `what` needs more positions than the context has."""
+        fits = self.context is None or positions <= self.context
+        require(fits, f"{what} needs {positions} positions, but the model's context is {self.context}: {remedy}")
+
     @property
     def eos_token_id(self) -> int:
         """The end-of-sequence token, which also fills what lies behind an answer."""

@@ -29,11 +29,7 @@ AR_ELEMENTS = 1 << 24
 
 def rows_of_text(config: EvaluateConfig, model: DiffusionModel, seed: int) -> Tensor:
     """rows_BL: token ids of at most `config.text_rows` rows, spread evenly over the text, or its held-out part."""
-    context = model.context
-    require(
-        context is None or config.text_length <= context,
-        f"evaluate.text_length={config.text_length} is more than the model's context of {context} positions: lower it",
-    )
+    model.require_room(config.text_length, f"evaluate.text_length={config.text_length}", "lower it")
     train, documents = data.load_documents(str(config.text_dataset), config.reading(), seed)
     if config.text_part == "all":
         documents = _together(train, documents)

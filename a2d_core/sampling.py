@@ -86,21 +86,9 @@ class Canvas:
     """Number that its random draws depend on; None: its place among the others."""
 
 
-def generate(
-    model: DiffusionModel,
-    prompts: Sequence[Sequence[int]],
-    config: SampleConfig,
-    *,
-    generator: torch.Generator | None = None,
-    max_new_tokens: int | Sequence[int] | None = None,
-    stop: Sequence[Sequence[str]] | None = None,
-    expected: Sequence[Sequence[int]] | None = None,
-) -> list[Generation]:
-    """Answer each prompt (token ids) in its order, `config.batch_size` at a time; the arguments are those of `stream`."""
-    events = stream(
-        model, prompts, config, generator=generator, max_new_tokens=max_new_tokens, stop=stop, expected=expected, evaluations=False
-    )
-    found = {event.prompt: event.generation for event in events}
+def generate(model: DiffusionModel, prompts: Sequence[Sequence[int]], config: SampleConfig, **options: Any) -> list[Generation]:
+    """Answer each prompt (token ids) in its order, `config.batch_size` at a time; the options are those of `stream`."""
+    found = {event.prompt: event.generation for event in stream(model, prompts, config, evaluations=False, **options)}
     return [generation for _, generation in sorted(found.items()) if generation is not None]
 
 
@@ -152,11 +140,7 @@ def lay_out(
     """The canvas of a row whose tokens are given, save for the mask tokens; a stop token may come from `may_end` on."""
     objective, mask = model.objective, model.spec.mask_token_id
     objective.check_sampling(config)
-    require(
-        model.context is None or len(tokens) <= model.context,
-        f"prompt and answer need {len(tokens)} positions, but the model's context is {model.context}: "
-        f"lower sample.max_new_tokens={tokens.count(mask)} or shorten the prompt",
-    )
+    model.require_room(len(tokens), "a prompt with its answer", f"lower sample.max_new_tokens={tokens.count(mask)} or shorten the prompt")
     begin = tokens.index(mask)
     origin = config.block_origin or model.spec.block_origin
     lead = -begin % (objective.block_size or 1) if origin == "prompt_end" else 0

@@ -35,11 +35,9 @@ def checkpoint(recipe: Recipe, model_dir: str | Path) -> None:
     for config in (recipe.pretrain, recipe.sft):
         if config.enabled:
             trainer.check_fits(model, config)
-    length = recipe.evaluate.text_length
-    require(
-        not recipe.evaluate.enabled or recipe.evaluate.text_dataset is None or model.context is None or length <= model.context,
-        f"evaluate.text_length={length} is beyond the model's context of {model.context} positions: lower it to {model.context}",
-    )
+    if recipe.evaluate.enabled and recipe.evaluate.text_dataset is not None:
+        length = recipe.evaluate.text_length
+        model.require_room(length, f"evaluate.text_length={length}", "lower it")
     require(
         not recipe.sft.enabled or bool(model.tokenizer.chat_template),
         f"the tokenizer of '{recipe.convert.model}' has no chat template, which sft needs: start from a model that has one, put a "

@@ -145,9 +145,5 @@ def _encode(model: DiffusionModel, config: SampleConfig, row: Row, index: int) -
     except TemplateError as error:
         raise UserError(f"prompt {index + 1} does not fit the model's chat template: {error}") from None
     require(bool(tokens), f"prompt {index + 1} has no tokens")
-    need, context = len(tokens) + config.max_new_tokens, model.context
-    require(
-        context is None or need <= context,
-        f"prompt {index + 1} and its answer need {need} positions, but the model's context is {context}: lower max_new_tokens",
-    )
+    model.require_room(len(tokens) + config.max_new_tokens, f"prompt {index + 1} with its answer", "lower max_new_tokens")
     return tokens
