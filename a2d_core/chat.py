@@ -52,10 +52,8 @@ class Chat:
     """
 
     def __init__(self, model: DiffusionModel, config: SampleConfig, *, raw: bool = False, forget: bool = False, seed: int = 0) -> None:
-        require(
-            raw or bool(model.tokenizer.chat_template),
-            "this model's tokenizer has no chat template, so it cannot hold a conversation: use --raw to continue plain text",
-        )
+        if not raw:
+            model.require_chat_template("without one it cannot hold a conversation, so use --raw to continue plain text")
         model.objective.check_sampling(config)
         self.model, self.config, self.raw, self.forget = model, config, raw, forget
         self.generator = torch.Generator(model.device).manual_seed(seed)

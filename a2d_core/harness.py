@@ -163,10 +163,7 @@ class DiffusionLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text; without a generation prompt its last message is left open, to be continued."""
-        require(
-            bool(self.tokenizer.chat_template),
-            f"the tokenizer of '{self.model.network.name_or_path}' has no chat template: evaluate without one (apply_chat_template=false)",
-        )
+        self.model.require_chat_template("evaluate without one (apply_chat_template=false)")
         return self.tokenizer.apply_chat_template(
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
         )

@@ -92,6 +92,10 @@ class DiffusionModel(nn.Module):
         fits = self.context is None or positions <= self.context
         require(fits, f"{what} needs {positions} positions, but the model's context is {self.context}: {remedy}")
 
+    def require_chat_template(self, remedy: str) -> None:
+        """Raise `UserError` where the tokenizer has no chat template."""
+        require(bool(self.tokenizer.chat_template), f"the tokenizer of '{self.network.name_or_path}' has no chat template: {remedy}")
+
     @property
     def eos_token_id(self) -> int:
         """The end-of-sequence token, which also fills what lies behind an answer."""
@@ -120,10 +124,7 @@ class DiffusionModel(nn.Module):
 
     def encode_messages(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation in the tokenizer's chat template, ready for the assistant's turn."""
-        require(
-            bool(self.tokenizer.chat_template),
-            f"the tokenizer of '{self.network.name_or_path}' has no chat template: give prompts as plain text (chat=false, --raw)",
-        )
+        self.require_chat_template("give prompts as plain text (chat=false, --raw)")
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
     def forward(self, layout: Layout, exclude_mask_token: bool = True) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
@@ -159,7 +159,7 @@ def _why_not_loaded(path: str, error: Exception) -> str:
         return f"cannot load a language model from the directory '{path}': {reason}"
     if path.count("/") > 1 or path.startswith((".", "/", "~")):
         return f"model directory '{path}' does not exist"
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+    if HF_HUB_OFFLINE:
         return f"'{path}' is not a directory here, and the Hub is off (HF_HUB_OFFLINE is set): give a local directory, or unset it"
     if "gated" in reason or "401" in reason or "403" in reason:
         return f"'{path}' on the Hub is gated or private: accept its licence on its page and set HF_TOKEN to a token that may read it"

@@ -9,7 +9,7 @@ import json
 import textwrap
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any, Literal, TypeVar
@@ -30,14 +30,18 @@ def build(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     for name, value in values.items():
         path = f"{where}.{name}" if where else name
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(known)}"
-            raise UserError(f"unknown field '{path}': {hint}")
+            raise UserError(f"unknown field '{path}': {meant(name, known)}")
         made[name] = _coerce(hints[name], value, path)
     try:
         return cls(**made)
     except UserError as error:
         raise UserError(f"{where}: {error}" if where and not str(error).startswith(where) else str(error)) from None
+
+
+def meant(name: str, known: Sequence[str], otherwise: str = "") -> str:
+    """What to say of an unknown name: the known one that is nearest to it, or else all of them, `otherwise` behind."""
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(known)}{otherwise}"
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from a2d_core import embedded, models, perplexity, sampling, tasks
 from a2d_core.config import EvaluateConfig, SampleConfig, UserError
-from a2d_core.models import DiffusionModel
 from a2d_core.sampling import Event, Generation
 from a2d_core.stages import evaluate
 
@@ -31,16 +30,6 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoints(source, tmp_path_factory):
     return families.convert_both(source, tmp_path_factory.mktemp("converted"))
-
-
-@pytest.fixture
-def no_forward(monkeypatch):
-    """A test that reaches a forward pass fails."""
-
-    def hidden(self, *_, **__):
-        raise AssertionError("a forward pass began")
-
-    monkeypatch.setattr(DiffusionModel, "hidden", hidden)
 
 
 def task_file(directory, **fields):

@@ -59,6 +59,6 @@ def test_sft_needs_a_chat_template(tmp_path):
     model = families.byte_model("bd3lm", block_size=8)
     model.tokenizer.chat_template = None
     model.save(tmp_path)
-    with pytest.raises(UserError, match="no chat template, which sft needs"):
+    with pytest.raises(UserError, match="no chat template: sft needs one"):
         preflight.checkpoint(recipe(), tmp_path)
     preflight.checkpoint(recipe("sft.enabled=false"), tmp_path)

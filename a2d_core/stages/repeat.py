@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from a2d_core import review
 from a2d_core.config import EvaluateConfig, SampleConfig, require
 from a2d_core.settings import build
 from a2d_core.stages import checks, evaluate
@@ -39,7 +39,7 @@ def run(earlier: Path, output_dir: Path, *, model_dir: str | None = None) -> tup
         **{f"{role}_dir": paths[role] for role in ("baseline", "pretrained", "source")},
     )
     (theirs, ours), (before, after) = (list(map(part, (read(earlier), read(output_dir)))) for part in (_settings, _outcome))
-    return results, list(differences(theirs, ours)), list(differences(before, after))
+    return results, differences(theirs, ours), differences(before, after)
 
 
 def read(directory: Path) -> Row:
@@ -70,16 +70,9 @@ def _outcome(one: Row) -> Row:
     return {"results": {**one["results"], "tasks": tasks}, "samples": one["samples"]}
 
 
-def differences(then: Any, now: Any, where: str = "") -> Iterator[str]:
-    """In words, the places where two JSON values differ; numbers must be the same to the last bit."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in dict.fromkeys([*then, *now]):
-            yield from differences(then.get(key), now.get(key), f"{where}.{key}" if where else str(key))
-    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
-        for i, pair in enumerate(zip(then, now, strict=True)):
-            yield from differences(*pair, f"{where}[{i}]")
-    elif then != now:
-        yield f"{where}: then {_short(then)}, now {_short(now)}"
+def differences(then: Any, now: Any) -> list[str]:
+    """In words, the places where two JSON values differ."""
+    return [f"{where}: then {_short(before)}, now {_short(after)}" for where, before, after in review.differences(then, now)]
 
 
 def _short(value: Any) -> str:
