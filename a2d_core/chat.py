@@ -119,7 +119,10 @@ class Chat:
 
 
 def obey(conversation: Chat, name: str, rest: str, fixed: dict[str, str]) -> str:
-    """Carry out a command, and return what to say of it. `fixed`: fields that /settings does not change, and why."""
+    """Carry out a command, and return what to say of it. `fixed`: fields that /settings does not change, and why.
+
+    Raises `UserError` for an unknown command or setting, and for what the model cannot do.
+    """
     if name == "settings":
         return _settings(conversation, rest, fixed)
     if name == "system":

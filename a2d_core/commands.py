@@ -1,4 +1,7 @@
-"""What the commands of the command line do: resolve the recipe, look before they work, run a stage, tell what came of it."""
+"""What the commands of the command line do: resolve the recipe, look before they work, run a stage, tell what came of it.
+
+Each takes the parsed arguments, prints, and raises `UserError` for what the user can mend, before any work.
+"""
 
 from __future__ import annotations
 

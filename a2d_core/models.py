@@ -352,7 +352,10 @@ def _entry(config: Any, path: str | Path, objective: str | None) -> dict[str, An
 
 
 def published_mask_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The mask token of a published checkpoint, with a row in its weights; where its tokenizer has none, it is the first id behind it."""
+    """The mask token of a published checkpoint, with a row in its weights; where its tokenizer has none, it is the first id behind it.
+
+    Raises `UserError` where the weights have no row for it.
+    """
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": published.MASK_TOKEN})
     mask_token_id = int(tokenizer.convert_tokens_to_ids(tokenizer.mask_token))

@@ -54,7 +54,10 @@ def load_network(
 
 
 def read_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> transformers.PreTrainedConfig:
-    """The configuration at `path`, that of a published A2D checkpoint in the terms of transformers."""
+    """The configuration at `path`, that of a published A2D checkpoint in the terms of transformers.
+
+    Raises `UserError` where there is none that can be read.
+    """
     if (Path(path) / "config.json").is_file():
         _read_json(Path(path) / "config.json")
     try:

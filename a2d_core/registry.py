@@ -138,7 +138,7 @@ def approve(name: str, number: int | str, why: str | None = None) -> str:
 
 
 def reject(name: str, number: int | str, why: str) -> str:
-    """Mark a version as rejected; it is a candidate no more."""
+    """Mark a version as rejected; it is a candidate no more. Raises `UserError` where it is the champion."""
     found = read(name, number)
     require(
         _aliases(name).get("champion") != found.number,
@@ -185,7 +185,7 @@ def refusals(found: Version, current: Version | None) -> list[str]:
 
 
 def rollback(name: str, why: str | None = None) -> str:
-    """Give the alias `champion` back to the version that had it before."""
+    """Give the alias `champion` back to the version that had it before; raises `UserError` where there is none."""
     champions = _champions(name)
     require(
         len(champions) > 1, f"'{name}' has no earlier champion to go back to" + ("" if champions else ": no version has been promoted yet")

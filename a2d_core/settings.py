@@ -50,14 +50,20 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
-    """Split `stage.field=value` into its path and value; values are JSON where they parse as such, else text."""
+    """Split `stage.field=value` into its path and value; values are JSON where they parse as such, else text.
+
+    Raises `UserError` for a text of another form.
+    """
     path, equals, value = text.partition("=")
     require(bool(equals) and bool(path.strip()), f"override '{text}' is not of the form stage.field=value, such as sft.max_steps=100")
     return path.strip().split("."), _literal(value.strip())
 
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Return a copy of nested plain values with each `stage.field=value` applied; `build` then checks the names."""
+    """Return a copy of nested plain values with each `stage.field=value` applied; `build` then checks the names.
+
+    Raises `UserError` where a field is taken for a stage.
+    """
     merged = json.loads(json.dumps(values))
     for text in overrides:
         path, value = parse_override(text)

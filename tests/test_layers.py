@@ -154,3 +154,16 @@ def test_the_numeric_core_needs_no_pipeline_packages():
 
 def test_the_command_line_and_the_flows_helpers_start_without_anything_heavy():
     import_without(HEAVY, QUICK)
+
+
+def refuses(function: ast.FunctionDef) -> bool:
+    """Whether a function itself raises an error that its caller should know of."""
+    calls = {getattr(node.func, "id", "") for node in ast.walk(function) if isinstance(node, ast.Call)}
+    return "require" in calls or any(isinstance(node, ast.Raise) and node.exc for node in ast.walk(function))
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if room_of(path) != "commands"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_public_function_that_refuses_says_so(path):
+    functions = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+    silent = [f.name for f in functions if not f.name.startswith("_") and refuses(f) and "Error" not in (ast.get_docstring(f) or "")]
+    assert not silent, f"{', '.join(silent)}: say in the docstring which error they raise"

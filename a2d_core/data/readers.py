@@ -90,7 +90,7 @@ def text_column(columns: Iterable[str], ref: str, config: TrainConfig) -> str:
 
 
 def read_documents(dataset: Dataset, ref: str, config: TrainConfig) -> Dataset:
-    """The data set's texts, in the one column `text`."""
+    """The data set's texts, in the one column `text`; raises `UserError` where it has none."""
     column = text_column(dataset.column_names, ref, config)
     kind = dataset.features[column]
     is_text = getattr(kind, "dtype", None) in ("string", "large_string")
@@ -100,7 +100,7 @@ def read_documents(dataset: Dataset, ref: str, config: TrainConfig) -> Dataset:
 
 
 def read_conversations(dataset: Dataset, ref: str, config: TrainConfig) -> Dataset:
-    """The data set's conversations, in the one column `messages`, a list of {role, content}."""
+    """The data set's conversations, in the one column `messages`, a list of {role, content}; raises `UserError` where it has none."""
     reader = _conversation_reader(dataset.column_names, ref, config)
     keys = _message_keys(dataset, reader.messages, ref) if reader.messages else ("", "")
 

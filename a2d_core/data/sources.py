@@ -54,7 +54,7 @@ def load_conversations(spec: str, config: TrainConfig, seed: int = 0) -> tuple[D
     `spec` and the held-out part are as in `load_documents`; `embedded:tasks` holds out its test words. The first of these
     is read: `prompt_field` with `response_field`; `messages_field`; what the name of a known data set says; `messages` or
     `conversations`, with keys role/content or from/value (human, gpt); the Alpaca columns instruction, input (may be
-    missing or empty) and output.
+    missing or empty) and output. Raises `UserError` as `load_documents` does, for text, and for `config.streaming`.
     """
     require(not config.streaming, f"streaming=true reads text alone, for pretrain, and '{spec}' is read for sft: leave it out")
     return _load(spec, config, seed, read_conversations)
@@ -82,7 +82,7 @@ def _load_source(source: Source, config: TrainConfig, seed: int, read: Read) -> 
 
 
 def load_embedded(source: Source, config: TrainConfig, seed: int) -> tuple[Dataset, Dataset]:
-    """The two parts of `embedded:corpus` or `embedded:tasks`."""
+    """The two parts of `embedded:corpus` or `embedded:tasks`; raises `UserError` for another name."""
     if source.ref == "embedded:corpus":
         train, held_out = embedded.corpus_split()
         return Dataset.from_dict({"text": list(train)}), Dataset.from_dict({"text": list(held_out)})
@@ -111,7 +111,10 @@ def configs_and_splits(source: Source, config: TrainConfig) -> tuple[tuple[str |
 
 
 def load_split(ref: str, name: str | None, split: str, streaming: bool = False) -> Any:
-    """One split of a Hub data set, a directory or a file: a `Dataset`, or an `IterableDataset` where `streaming`."""
+    """One split of a Hub data set, a directory or a file: a `Dataset`, or an `IterableDataset` where `streaming`.
+
+    Raises `UserError` where there is no such data set or split, or it cannot be read.
+    """
     path = Path(ref).expanduser()
     if _is_saved(path):
         dataset = load_from_disk(path)

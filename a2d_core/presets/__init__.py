@@ -57,7 +57,10 @@ def resolve(raw: dict[str, Any], objective: str, overrides: Iterable[str] = (), 
 
 
 def flatten(raw: dict[str, Any], objective: str, overrides: Iterable[str] = (), seed: int | None = None) -> dict[str, Any]:
-    """The plain values that `resolve` makes a recipe of, before their names and types are checked."""
+    """The plain values that `resolve` makes a recipe of, before their names and types are checked.
+
+    Raises `UserError` for an unknown objective, and an override that names no stage.
+    """
     check_objective(objective)
     require("objective" not in raw, "a recipe serves both objectives: take 'objective' out of it and give --objective mdlm or bd3lm")
     values = {key: value for key, value in raw.items() if key not in OBJECTIVES}

@@ -60,7 +60,7 @@ def _made_ready(path: Path, resume: bool, overwrite: bool, inputs: tuple[str | P
 def read_spec(model_dir: str | Path) -> dict[str, Any] | None:
     """The `a2d` entry of a checkpoint directory's config.json; None where there is none.
 
-    A published checkpoint (`published`) has none and still is one: its objective is None.
+    A published checkpoint (`published`) has none and still is one: its objective is None. Raises `UserError` for a damaged file.
     """
     path = Path(model_dir) / "config.json"
     try:
@@ -110,7 +110,7 @@ def newest_checkpoint(output_dir: str | Path, *, required: bool = True) -> str |
 
 @contextmanager
 def memory_advice(stage: str, config: Any) -> Iterator[None]:
-    """Turn an out-of-memory error of the body, in this process or in a worker, into one that names the fields to lower."""
+    """Raise an out-of-memory error of the body, in this process or in a worker, as a `MemoryFullError` that names the fields to lower."""
     try:
         yield
     except RuntimeError as error:

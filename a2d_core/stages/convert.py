@@ -12,7 +12,8 @@ from a2d_core.config import ConvertConfig, check_objective, require
 def run(config: ConvertConfig, objective: str, output_dir: str | Path, *, seed: int = 0) -> dict[str, Any]:
     """Write a diffusion checkpoint to `output_dir`, proved before it is saved; return what it is.
 
-    `config.model` = `embedded` (or `embedded:SIZE`) trains the embedded autoregressive model first, once per machine.
+    `config.model` = `embedded` (or `embedded:SIZE`) trains the embedded autoregressive model first, once per machine. Raises
+    `UserError` where the model cannot be converted, or not for that objective.
     """
     check_objective(objective)
     require(not (objective == "bd3lm" and config.right_shift), "right_shift=true does not fit bd3lm: use objective mdlm, or leave it out")

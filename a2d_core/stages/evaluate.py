@@ -157,7 +157,10 @@ def write(output_dir: Path, summary: Row, results: list[Row], baseline: list[Row
 
 
 def samplers(sweeps: Iterable[str], sample: SampleConfig) -> dict[str, SampleConfig]:
-    """FIELD=VALUE -> the sampler with it, for `FIELD=VALUE,VALUE...` of each sweep; what else says how many tokens are revealed is off."""
+    """FIELD=VALUE -> the sampler with it, for `FIELD=VALUE,VALUE...` of each sweep; what else says how many tokens are revealed is off.
+
+    Raises `UserError` for another field, and a value out of range.
+    """
     found = {}
     for sweep in sweeps:
         (path, _), values = parse_override(sweep), sweep.partition("=")[2].split(",")

@@ -9,7 +9,7 @@ from typing import Any
 from a2d_core import review
 from a2d_core.config import EvaluateConfig, SampleConfig, require
 from a2d_core.settings import build
-from a2d_core.stages import checks, evaluate
+from a2d_core.stages import evaluate
 
 Row = dict[str, Any]
 
@@ -43,21 +43,13 @@ def run(earlier: Path, output_dir: Path, *, model_dir: str | None = None) -> tup
 
 
 def read(directory: Path) -> Row:
-    """The record, the results and the samples of an evaluation."""
+    """The record, the results and the samples of an evaluation; raises `UserError` where one of its files is not there."""
     files = {"record": "evaluation.json", "results": "results.json", "samples": "samples.jsonl"}
     for name in files.values():
         require((directory / name).is_file(), f"'{directory}' holds no {name}: it is no evaluation that can be repeated")
     texts = {part: (directory / name).read_text(encoding="utf-8") for part, name in files.items()}
     samples = [json.loads(line) for line in texts["samples"].splitlines()]
     return {"record": json.loads(texts["record"]), "results": json.loads(texts["results"]), "samples": samples}
-
-
-def objective(directory: Path, model_dir: str | None) -> str:
-    """What the model of an evaluation was trained for."""
-    model = model_dir or read(directory)["record"]["paths"]["model"]
-    spec = checks.read_spec(model)
-    require(spec is not None, f"the model of that evaluation, '{model}', is not there: give it with --model DIR")
-    return str((spec or {})["objective"])
 
 
 def _settings(one: Row) -> Row:

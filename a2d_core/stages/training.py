@@ -55,7 +55,10 @@ def run(
 def work(
     stage: str, values: dict[str, Any], model_dir: str, output_dir: str, seed: int, resume_from: str | None, objective: str | None
 ) -> dict[str, Any]:
-    """What each process does; `prepare` of the stage's module makes the rows, and says how they are filled."""
+    """What each process does; `prepare` of the stage's module makes the rows, and says how they are filled.
+
+    Raises `UserError` where model, data and strategy do not go together.
+    """
     import torch
     from accelerate import PartialState
 
