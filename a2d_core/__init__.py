@@ -19,19 +19,9 @@ if TYPE_CHECKING:
     from a2d_core.sampling import generate, stream
 
 __all__ = [
-    "ConvertConfig",
-    "DiffusionModel",
-    "EvaluateConfig",
-    "Recipe",
-    "SampleConfig",
-    "TrainConfig",
-    "UserError",
-    "convert",
-    "generate",
-    "load",
-    "nelbo",
-    "stream",
-]
+    "ConvertConfig", "DiffusionModel", "EvaluateConfig", "Recipe", "SampleConfig", "TrainConfig", "UserError",
+    "convert", "generate", "load", "nelbo", "stream",
+]  # fmt: skip
 _ROOMS = {"DiffusionModel": "models", "convert": "conversion", "load": "models", "nelbo": "likelihood"}
 _ROOMS |= dict.fromkeys(("generate", "stream"), "sampling")
 

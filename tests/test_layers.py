@@ -8,78 +8,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = [
-    ["config", "settings", "noise", "loss"],
-    [
-        "attention",
-        "objectives",
-        "store",
-        "strategies",
-        "launch",
-        "presets",
-        "checkpoints",
-        "follow",
-        "published",
-        "gate",
-        "review",
-        "suites",
-        "sandbox_child",
-        "sandbox",
-    ],
-    ["reading", "lora", "models", "conversion", "embedded", "data", "tracking", "tasks"],
-    ["likelihood", "cache", "policies", "sampling", "infill", "watch", "replay", "scoring"],
-    ["guard", "trainer", "harness", "pyfunc_model", "registry", "chat", "terminal", "report", "perplexity"],
-    ["stages"],
-    ["plan", "commands"],
-    ["__main__"],
-]
-"""Lowest first; a room imports from lower layers, and from those that stand before it in its own."""
-ORDER = [room for layer in LAYERS for room in layer]
+ORDER = """
+    config settings noise loss
+    attention objectives store strategies launch presets checkpoints follow published gate review suites sandbox_child sandbox
+    reading lora models conversion embedded data tracking tasks
+    likelihood cache policies sampling infill watch replay scoring
+    guard trainer harness pyfunc_model registry chat terminal report perplexity
+    stages
+    plan commands
+    __main__
+""".split()
+"""Lowest first, a layer a line; a room imports from lower layers, and from those that stand before it in its own."""
 FILES = sorted((ROOT / "a2d_core").rglob("*.py"))
-NUMERIC_CORE = [
-    "config",
-    "settings",
-    "noise",
-    "objectives",
-    "attention",
-    "reading",
-    "models",
-    "conversion",
-    "loss",
-    "likelihood",
-    "cache",
-    "policies",
-    "sampling",
-    "infill",
-    "guard",
-    "trainer",
-    "launch",
-    "watch",
-    "chat",
-    "terminal",
-]
-QUICK = [
-    "config",
-    "settings",
-    "presets",
-    "strategies",
-    "suites",
-    "report",
-    "launch",
-    "store",
-    "checkpoints",
-    "follow",
-    "tracking",
-    "gate",
-    "review",
-    "registry",
-    "stages.checks",
-    "stages.register",
-    "plan",
-    "published",
-    "commands",
-    "__main__",
-]
+NUMERIC_CORE = """
+    config settings noise objectives attention reading models conversion loss likelihood cache policies sampling infill guard
+    trainer launch watch chat terminal
+""".split()
+QUICK = """
+    config settings presets strategies suites report launch store checkpoints follow tracking gate review registry stages.checks
+    stages.register plan published commands __main__
+""".split()
 PIPELINE = {"peft", "metaflow", "mlflow", "datasets", "lm_eval"}
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "pandas"} | PIPELINE
 
