@@ -318,17 +318,8 @@ class _Sampler:
                 continue
             start, stop = row.active
             count = -(-row.canvas.widest // (self.config.steps_per_block or row.canvas.widest))
-            table.append(
-                (
-                    start,
-                    stop,
-                    len(row.tokens),
-                    row.canvas.may_end,
-                    row.canvas.lead,
-                    count,
-                    row.number if row.canvas.key is None else row.canvas.key,
-                )
-            )
+            key = row.number if row.canvas.key is None else row.canvas.key
+            table.append((start, stop, len(row.tokens), row.canvas.may_end, row.canvas.lead, count, key))
             opens.append((row.tokens[max(0, start) : stop].count(self.mask), count))
             asks_early |= max(start, row.canvas.begin) < row.canvas.may_end
         start_R, stop_R, end_R, may_end_R, lead_R, count_R, number_R = torch.tensor(table).to(self.device).T

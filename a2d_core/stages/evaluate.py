@@ -173,12 +173,7 @@ def samplers(sweeps: Iterable[str], sample: SampleConfig) -> dict[str, SampleCon
 
 
 def score_tasks(
-    config: EvaluateConfig,
-    sample: SampleConfig,
-    model: DiffusionModel,
-    loaded: list[Any],
-    seed: int,
-    generation: dict[str, Any] | None = None,
+    config: EvaluateConfig, sample: SampleConfig, model: DiffusionModel, loaded: list[Any], seed: int, generation: Row | None = None
 ) -> Row:
     """The results of lm-eval, with every sample, as its documentation describes them; and what `run` says of failures.
 
