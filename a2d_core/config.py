@@ -333,6 +333,10 @@ class SampleConfig:
         )
 
 
+NOT_THE_ANSWER = ("enabled", "prompts", "batch_size", "cuda_graph")
+"""Fields of `SampleConfig` that are about the stage, and the machine: they do not change an answer."""
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Which tasks and texts a checkpoint is scored on."""

@@ -430,7 +430,7 @@ class _Sampler:
         early_M = None if stretch.early_RA is None else stretch.early_RA.gather(1, column_RN).flatten()
         keys = [x[:, None].expand_as(position_RN) for x in (stretch.number_R, self.nfe_R)] + [position_RN]
         proposal = self.reader.read(read, early_M, tuple(key.flatten() for key in keys)).reshape(*position_RN.shape)
-        score_RN = policies.SCORES[self.config.policy](proposal, lambda: hashed_uniform(self.seed, 2, *keys))
+        score_RN = policies.score(self.config.policy, proposal, lambda: hashed_uniform(self.seed, 2, *keys))
 
         remasked_RA = torch.zeros_like(is_open_RA)
         count_R = stretch.count_R

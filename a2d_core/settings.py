@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
-from a2d_core.config import SampleConfig, UserError, require
+from a2d_core.config import NOT_THE_ANSWER, SampleConfig, UserError, require
 
 T = TypeVar("T")
 
@@ -77,9 +77,8 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
 
 def parameters(config: SampleConfig) -> dict[str, Any]:
     """What a single call of a served model may set otherwise, with 0 or "" for None: such parameters have no null."""
-    unread = {"enabled", "prompts", "batch_size", "cuda_graph"}  # about the stage, and the machine
     null = {"block_origin": ""}
-    return {name: null.get(name, 0) if value is None else value for name, value in vars(config).items() if name not in unread}
+    return {name: null.get(name, 0) if value is None else value for name, value in vars(config).items() if name not in NOT_THE_ANSWER}
 
 
 def with_parameters(config: SampleConfig, given: dict[str, Any]) -> SampleConfig:

@@ -13,18 +13,7 @@ from a2d_core.config import EvaluateConfig, Recipe, SampleConfig, UserError
 from a2d_core.stages import evaluate, repeat
 
 TEXT = "Über allen Gipfeln ist Ruh, in allen Wipfeln spürest du kaum einen Hauch. 🌲\n" * 20
-SETTINGS = [
-    "--set",
-    "limit=2",
-    "--set",
-    "text_rows=3",
-    "--set",
-    "text_length=32",
-    "--set",
-    "nelbo_samples=2",
-    "--set",
-    "sample.temperature=0.7",
-]
+SETTINGS = "--set limit=2 --set text_rows=3 --set text_length=32 --set nelbo_samples=2 --set sample.temperature=0.7".split()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, Features, Value
 
 from a2d_core.config import TrainConfig, UserError, require
-from a2d_core.data.cache import fingerprint
+from a2d_core.data.cache import fingerprint, processes
 
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 """File type -> builder of the datasets library. A .txt file is one document."""
@@ -116,7 +116,7 @@ def read_conversations(dataset: Dataset, ref: str, config: TrainConfig) -> Datas
     return dataset.map(
         read_all,
         batched=True,
-        num_proc=config.num_workers if config.num_workers > 1 else None,
+        num_proc=processes(config.num_workers),
         remove_columns=dataset.column_names,
         features=MESSAGES,
         new_fingerprint=fingerprint(dataset, "read", dataclasses.asdict(reader), keys),

@@ -24,10 +24,8 @@ from datasets.exceptions import DatasetsError
 
 from a2d_core import embedded
 from a2d_core.config import Source, TrainConfig, UserError, parse_sources, require
-from a2d_core.data.cache import fingerprint
-from a2d_core.data.readers import BUILDERS, Messages, Reader, known, read_conversations, read_documents, require_columns
-
-__all__ = ["Messages", "load_conversations", "load_documents"]
+from a2d_core.data.cache import fingerprint, processes
+from a2d_core.data.readers import BUILDERS, Reader, known, read_conversations, read_documents, require_columns
 
 EMBEDDED_ROWS = 50_000
 """Training conversations of `embedded:tasks`."""
@@ -191,7 +189,7 @@ def _filtered(pieces: list[Dataset], source: Source, config: TrainConfig) -> lis
     kept = []
     for piece in pieces:
         columns, passes = keep(source, piece.column_names)
-        name, workers = fingerprint(piece, "filter", source.filters, columns), config.num_workers if config.num_workers > 1 else None
+        name, workers = fingerprint(piece, "filter", source.filters, columns), processes(config.num_workers)
         desc = f"filtering {source.ref}"
         kept.append(piece.filter(passes, input_columns=columns, batched=True, num_proc=workers, new_fingerprint=name, desc=desc))
     if not any(map(len, kept)):

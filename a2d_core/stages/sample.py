@@ -13,14 +13,11 @@ from tqdm import tqdm
 
 from a2d_core import infill as gaps
 from a2d_core import models, replay, sampling
-from a2d_core.config import SampleConfig, UserError, require
+from a2d_core.config import NOT_THE_ANSWER, SampleConfig, UserError, require
 from a2d_core.models import DiffusionModel
 from a2d_core.settings import to_dict
 from a2d_core.stages import prompts
 from a2d_core.stages.prompts import Row
-
-NOT_THE_ANSWER = ("enabled", "prompts", "batch_size", "cuda_graph")
-"""Fields that do not change an answer."""
 
 
 def run(
