@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import commands, launch, tracking
-from a2d_core.config import OBJECTIVES, Recipe, StoppedError, UserError, describe
+from a2d_core.config import OBJECTIVES, Recipe, StoppedError, UserError
+from a2d_core.settings import describe
 from a2d_core.stages import checks
 
 
@@ -122,21 +123,15 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--processes", type=int, metavar="N", help="processes on this machine, one per GPU (default: the preset's)")
     evaluate.add_argument("--source", metavar="DIR", help="the autoregressive model, for its own loss on the same text")
 
-    export = group.add_parser(
-        "export", help="write a checkpoint in the published A2D format", description="Write a checkpoint in the published A2D format."
-    )
+    export = _add(group, "export", "write a checkpoint in the published A2D format", commands.export)
     _model(export)
     export.add_argument("--format", choices=("a2d",), default="a2d", help="a2d: model types a2d-qwen2, a2d-qwen3 and a2d-llama (default)")
     _output(export)
-    export.set_defaults(run=commands.export)
 
-    merge = group.add_parser(
-        "merge", help="merge LoRA adapters into their model", description="Merge LoRA adapters into the model they were trained on."
-    )
+    merge = _add(group, "merge", "merge LoRA adapters into the model they were trained on", commands.merge)
     merge.add_argument("--model", required=True, metavar="DIR", help="adapters: OUTPUT_DIR/adapter of a training, or its checkpoint-N")
     merge.add_argument("--base", metavar="DIR", help="where the model that they were trained on is now, if it was moved")
     _output(merge)
-    merge.set_defaults(run=commands.merge)
 
     lm_eval = group.add_parser(  # whatever follows is lm-eval's own
         "lm-eval", help="the command lm_eval, with the models a2d_mdlm and a2d_bd3lm", prefix_chars="\0", add_help=False
@@ -146,24 +141,19 @@ def parser() -> argparse.ArgumentParser:
 
     _registry(group)
 
-    what = "print a resolved recipe, what it would cost and what it would register, and run nothing"
-    plan = group.add_parser("plan", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    plan = _add(group, "plan", "print a resolved recipe, what it would cost and what it would register, and run nothing", commands.plan)
     plan.add_argument("--json", action="store_true", help="one JSON object with the keys recipe and cost")
     plan.add_argument("--objective", choices=OBJECTIVES, default="bd3lm", help="default: bd3lm")
     _recipe_options(plan, "stage.field=value")
-    plan.set_defaults(run=commands.plan)
-    listing = group.add_parser("presets", help="list the presets", description="List the presets.")
-    listing.set_defaults(run=commands.list_presets)
-    listed = group.add_parser("suites", help="list the suites of evaluate, or what is in one", description="List the suites.")
+    _add(group, "presets", "list the presets", commands.list_presets)
+    listed = _add(group, "suites", "list the suites of evaluate, or what is in one", commands.list_suites)
     listed.add_argument("name", nargs="?", metavar="NAME", help="show the entries of this one")
     listed.add_argument("--objective", choices=OBJECTIVES, default="bd3lm", help="default: bd3lm")
-    listed.set_defaults(run=commands.list_suites)
     return top
 
 
 def _registry(group: Any) -> None:
-    what = "review the candidate of a registered model, and decide on it"
-    registry = group.add_parser("registry", help=what, description=f"{what[0].upper()}{what[1:]}.")
+    registry = _add(group, "registry", "review the candidate of a registered model, and decide on it")
     verbs = registry.add_subparsers(title="what to do", metavar="VERB", required=True)
     for verb, meaning in {
         "review": "show the candidate against the champion: scores, samples, lineage, configuration",
@@ -172,7 +162,7 @@ def _registry(group: Any) -> None:
         "promote": "make an approved version that passed its gate the champion",
         "rollback": "give the alias champion back to the version that had it before",
     }.items():
-        command = verbs.add_parser(verb, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.")
+        command = _add(verbs, verb, meaning, commands.registry, verb=verb)
         command.add_argument("name", metavar="NAME", help="name of the registered model")
         command.add_argument("--mlflow", metavar="URI", help="where MLflow is (default: MLFLOW_TRACKING_URI, or ./mlflow.db)")
         if verb != "rollback":
@@ -183,18 +173,18 @@ def _registry(group: Any) -> None:
             command.add_argument("--why", metavar="TEXT", required=verb == "reject", help="the reason, which is recorded")
         if verb == "promote":
             command.add_argument("--force", action="store_true", help="promote against the review or the gate; needs --why")
-        command.set_defaults(run=commands.registry, verb=verb)
+
+
+def _add(group: Any, name: str, what: str, run: Any = None, **defaults: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = group.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+    command.set_defaults(run=run, **defaults)
+    return command
 
 
 def _command(group: Any, name: str, what: str, run: Any, writes: bool = True) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = group.add_parser(
-        name,
-        help=what,
-        description=f"{what[0].upper()}{what[1:]}.",
-        epilog=_fields(name),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.set_defaults(run=run, command=name, mlflow=None, resume=False, overwrite=False)
+    """A command that runs a stage, with the fields of a recipe for --set."""
+    command = _add(group, name, what, run, command=name, mlflow=None, resume=False, overwrite=False)
+    command.epilog, command.formatter_class = _fields(name), argparse.RawDescriptionHelpFormatter
     _recipe_options(command, "field=value")
     if writes:
         _output(command)

@@ -13,8 +13,9 @@ import torch
 from jinja2 import TemplateError
 
 from a2d_core import sampling
-from a2d_core.config import SampleConfig, UserError, build, describe, parse_override, require, to_dict
+from a2d_core.config import SampleConfig, UserError, require
 from a2d_core.models import DiffusionModel
+from a2d_core.settings import build, describe, parse_override, to_dict
 from a2d_core.watch import Watched
 
 HELP = """\
@@ -51,10 +52,8 @@ class Chat:
     """
 
     def __init__(self, model: DiffusionModel, config: SampleConfig, *, raw: bool = False, forget: bool = False, seed: int = 0) -> None:
-        require(
-            raw or bool(model.tokenizer.chat_template),
-            "this model's tokenizer has no chat template, so it cannot hold a conversation: use --raw to continue plain text",
-        )
+        if not raw:
+            model.require_chat_template("without one it cannot hold a conversation, so use --raw to continue plain text")
         model.objective.check_sampling(config)
         self.model, self.config, self.raw, self.forget = model, config, raw, forget
         self.generator = torch.Generator(model.device).manual_seed(seed)
@@ -120,7 +119,10 @@ class Chat:
 
 
 def obey(conversation: Chat, name: str, rest: str, fixed: dict[str, str]) -> str:
-    """Carry out a command, and return what to say of it. `fixed`: fields that /settings does not change, and why."""
+    """Carry out a command, and return what to say of it. `fixed`: fields that /settings does not change, and why.
+
+    Raises `UserError` for an unknown command or setting, and for what the model cannot do.
+    """
     if name == "settings":
         return _settings(conversation, rest, fixed)
     if name == "system":

@@ -20,6 +20,8 @@ from pathlib import Path
 from a2d_core.config import UserError, require
 
 MANIFEST = "manifest.json"
+MODEL_FILES = (".safetensors", ".json", ".jinja")
+"""Endings of what makes a model: weights, configuration, tokenizer."""
 PARTIAL = "partial"
 """Where a directory is written, beside its final place."""
 
@@ -91,14 +93,26 @@ def damage(checkpoint: Path, *, digests: bool = True) -> str | None:
     for name, size in sizes.items():
         path = checkpoint / name
         try:
-            status = path.stat()
+            found = path.stat().st_size
         except FileNotFoundError:
             return f"{name} is missing"
-        if status.st_size != size:
-            return f"{name} has {status.st_size:,} bytes instead of {size:,}"
-        if digests and _digest(path, size, status.st_mtime_ns) != expected[name]:
+        if found != size:
+            return f"{name} has {found:,} bytes instead of {size:,}"
+        if digests and _digest_of(path) != expected[name]:
             return f"{name} is not what was written"
     return None
+
+
+def digest(model_dir: str | Path, *, as_sealed: bool = False) -> str:
+    """The SHA-256 of a model directory's weights, configuration and tokenizer.
+
+    `as_sealed`: of what was written there, as the manifest has it, without reading the files again.
+    """
+    folder = Path(model_dir)
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in MODEL_FILES and path.name != MANIFEST)
+    sealed = json.loads((folder / MANIFEST).read_text())["files"] if as_sealed else {}
+    digests = {name: sealed[name]["sha256"] if as_sealed else _digest_of(folder / name) for name in names}
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def steps(output_dir: Path) -> dict[int, Path]:
@@ -146,9 +160,7 @@ def _seal(folder: Path) -> None:
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         _sync(path)
-        status = path.stat()
-        digest = _digest(path, status.st_size, status.st_mtime_ns)
-        files[path.relative_to(folder).as_posix()] = {"bytes": status.st_size, "sha256": digest}
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest_of(path)}
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
     for path in (folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder):
         _sync(path)
@@ -170,9 +182,14 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _digest_of(path: Path) -> str:
+    """SHA-256 of a file, which is read again only where it has changed."""
+    status = path.stat()
+    return _digest(path, status.st_size, status.st_mtime_ns)
+
+
 @cache
-def _digest(path: Path, size: int, modified_ns: int) -> str:
-    """SHA-256 of a file; size and time are there so that a file that has changed is read again."""
+def _digest(path: Path, _size: int, _modified_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

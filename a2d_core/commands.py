@@ -1,4 +1,7 @@
-"""What the commands of the command line do: resolve the recipe, look before they work, run a stage, tell what came of it."""
+"""What the commands of the command line do: resolve the recipe, look before they work, run a stage, tell what came of it.
+
+Each takes the parsed arguments, prints, and raises `UserError` for what the user can mend, before any work.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import launch, presets, strategies, suites, tracking
-from a2d_core.config import OBJECTIVES, STAGES, Recipe, TrackingConfig, build, parse_override, parse_sources, require, to_dict
+from a2d_core.config import OBJECTIVES, STAGES, Recipe, TrackingConfig, parse_sources, require
 from a2d_core.follow import Follower
+from a2d_core.settings import build, parse_override, to_dict
 from a2d_core.stages import checks, prompts
 
 USES = {

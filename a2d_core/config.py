@@ -2,28 +2,18 @@
 
 A recipe is one `Recipe`: a part for each stage, and the compute profile. Recipes come from the
 TOML presets (`a2d_core.presets`); a field is changed with `dataclasses.replace`, or with
-`stage.field=value` on a command line, and a misspelt field raises. The string under a field is
-its meaning: `describe` reads it for `--help` and for the docs.
+`stage.field=value` on a command line (`a2d_core.settings`), and a misspelt field raises. The string
+under a field is its meaning: `settings.describe` reads it for `--help` and for the docs.
 """
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
-import json
 import re
-import textwrap
-import types
-import typing
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 OBJECTIVES = ("mdlm", "bd3lm")
 STRATEGIES = ("ddp", "fsdp2", "zero2")
-T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -342,17 +332,9 @@ class SampleConfig:
             f"guidance={self.guidance} cannot go with cache={self.cache}: what is seen without the prompt is not cached. Set cache=exact",
         )
 
-    def parameters(self) -> dict[str, Any]:
-        """What a single call may set otherwise, with 0 or "" for None: a served model's parameters have no null."""
-        unread = {"enabled", "prompts", "batch_size", "cuda_graph"}  # about the stage, and the machine
-        null = {"block_origin": ""}
-        return {name: null.get(name, 0) if value is None else value for name, value in vars(self).items() if name not in unread}
 
-    def with_parameters(self, given: dict[str, Any]) -> SampleConfig:
-        """This configuration with the parameters of a call; raises `UserError` where they are unknown or out of range."""
-        unset = {f.name for f in dataclasses.fields(self) if f.default is None}
-        changes = {name: None if name in unset and not value else value for name, value in given.items()}
-        return build(SampleConfig, {**to_dict(self), **changes}, "sample")
+NOT_THE_ANSWER = ("enabled", "prompts", "batch_size", "cuda_graph")
+"""Fields of `SampleConfig` that are about the stage, and the machine: they do not change an answer."""
 
 
 @dataclass(frozen=True)
@@ -601,97 +583,3 @@ class Recipe:
 
 
 STAGES = ("convert", "pretrain", "sft", "sample", "evaluate", "register")
-
-
-def build(cls: type[T], values: dict[str, Any], where: str = "") -> T:
-    """Make a configuration dataclass from nested plain values (TOML, JSON), checking names and types.
-
-    Raises `UserError` that names the field, the value, and what would be right.
-    """
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    made = {}
-    for name, value in values.items():
-        path = f"{where}.{name}" if where else name
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(known)}"
-            raise UserError(f"unknown field '{path}': {hint}")
-        made[name] = _coerce(hints[name], value, path)
-    try:
-        return cls(**made)
-    except UserError as error:
-        raise UserError(f"{where}: {error}" if where and not str(error).startswith(where) else str(error)) from None
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The plain, JSON-serialisable form of a configuration; `build` reads it back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def parse_override(text: str) -> tuple[list[str], Any]:
-    """Split `stage.field=value` into its path and value; values are JSON where they parse as such, else text."""
-    path, equals, value = text.partition("=")
-    require(bool(equals) and bool(path.strip()), f"override '{text}' is not of the form stage.field=value, such as sft.max_steps=100")
-    return path.strip().split("."), _literal(value.strip())
-
-
-def apply_overrides(values: dict[str, Any], overrides: typing.Iterable[str]) -> dict[str, Any]:
-    """Return a copy of nested plain values with each `stage.field=value` applied; `build` then checks the names."""
-    merged = json.loads(json.dumps(values))
-    for text in overrides:
-        path, value = parse_override(text)
-        node = merged
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-            require(isinstance(node, dict), f"override '{text}': '{key}' is a field, not a stage")
-        node[path[-1]] = value
-    return merged
-
-
-def describe(cls: type) -> dict[str, str]:
-    """Field name -> the one-line meaning that stands under it in the source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-    meanings = {}
-    for statement, following in pairwise(body):
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-            meanings[statement.target.id] = str(following.value.value)  # type: ignore[union-attr]
-    return meanings
-
-
-def _literal(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def _coerce(hint: Any, value: Any, path: str) -> Any:
-    """Check `value` against a type hint of this file, turning lists into tuples and ints into floats."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        require(isinstance(value, dict), f"{path} is a group of fields, not {value!r}: set {path}.FIELD=VALUE")
-        return build(typing.cast(type, hint), value, path)
-    if origin is Literal:
-        require(value in args, f"{path}={value!r} is not one of {', '.join(map(str, args))}")
-        return value
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        return _coerce(next(a for a in args if a is not type(None)), value, path)
-    if origin is tuple:
-        items = [value] if isinstance(value, str) else value
-        require(isinstance(items, (list, tuple)), f"{path}={value!r} must be a list")
-        return tuple(_coerce(args[0], item, path) for item in items)
-    if origin is dict:
-        require(isinstance(value, dict), f"{path}={value!r} must be a table of names and values")
-        return dict(value)
-    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), f"{path}={value!r} must be of type {hint.__name__}")
-    return value

@@ -249,7 +249,10 @@ def _prove_weights(model: DiffusionModel, before: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def measure_head(model: DiffusionModel) -> Spec:
-    """The spec with the scale and soft-cap that stand between the output embedding and the network's logits, measured and proved."""
+    """The spec with the scale and soft-cap that stand between the output embedding and the network's logits, measured and proved.
+
+    Raises `UserError` where something else stands between them.
+    """
     network, config = model.network, model.network.config
     name, ids = _refusal(model), _tokens(model, 8)
     try:

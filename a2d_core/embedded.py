@@ -54,6 +54,7 @@ def corpus() -> tuple[str, ...]:
     """The documents, about 0.9 MB of English: Python's help topics and the docstrings of `MODULES`, one document each.
 
     A paragraph that an earlier document has is left out, so that no text is both trained on and held out.
+    Raises `UserError` where this Python comes without them.
     """
     try:
         from pydoc_data.topics import topics
@@ -157,6 +158,7 @@ def instructions(split: str, rows: int | None = None, seed: int = 0) -> list[dic
 
     test: every task for every test word (`rows` of them, or all 1,000). train: `rows` draws by `seed`, half of them real
     words and half random letters of the same lengths, never a test word, so that the operation must be learnt.
+    Raises `UserError` for another split, and for train without `rows`.
     """
     require(split in ("train", "test"), f"unknown split '{split}' of the embedded tasks: choose train or test")
     train_words, test_words = words()

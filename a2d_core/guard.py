@@ -104,7 +104,7 @@ class Guard(TrainerCallback):
         return self._least(0 if self.is_told else 1) == 0
 
     def saved(self, state: TrainerState) -> None:
-        """A checkpoint is whole: end here, where SIGTERM has come."""
+        """A checkpoint is whole: end here with a `StoppedError`, where SIGTERM has come."""
         if not self._is_ending():
             return
         raise StoppedError(

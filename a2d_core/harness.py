@@ -13,7 +13,7 @@ import dataclasses
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from lm_eval.api.task import Task
 from tqdm.auto import tqdm
 
 from a2d_core import launch, models, sampling, tasks
-from a2d_core.config import SampleConfig, UserError, build, require, to_dict
+from a2d_core.config import SampleConfig, UserError, require
 from a2d_core.models import DiffusionModel
 from a2d_core.scoring import Answer, Score, Scorer
+from a2d_core.settings import build, to_dict
 
 GENERATION_ARGUMENTS = ("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k")
 """What a task may ask of a generation; `max_new_tokens` is another name for `max_gen_toks`, and `num_beams` may be 1."""
@@ -162,10 +163,7 @@ class DiffusionLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as text; without a generation prompt its last message is left open, to be continued."""
-        require(
-            bool(self.tokenizer.chat_template),
-            f"the tokenizer of '{self.model.network.name_or_path}' has no chat template: evaluate without one (apply_chat_template=false)",
-        )
+        self.model.require_chat_template("evaluate without one (apply_chat_template=false)")
         return self.tokenizer.apply_chat_template(
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
         )
@@ -384,11 +382,8 @@ class DiffusionLM(TemplateLM):
         return [not continuation or is_same[tuple(context), tuple(continuation)] for context, continuation in pairs]
 
     def _require_room(self, context: int, answer: int) -> None:
-        if self.max_length is not None and context + answer > self.max_length:
-            raise UserError(
-                f"a request has a context of {context} tokens and an answer of {answer}, and the model has {self.max_length} positions: "
-                "lower num_fewshot or the task's max_gen_toks, or leave the task out"
-            )
+        what = f"a request of {context} tokens with an answer of {answer}"
+        self.model.require_room(context + answer, what, "lower num_fewshot or the task's max_gen_toks, or leave the task out")
 
 
 @register_model("a2d_mdlm")
@@ -411,11 +406,6 @@ def _listed(until: str | Sequence[str]) -> Sequence[str]:
 
 def _effort(generation: sampling.Generation) -> dict[str, float]:
     return {"tokens": len(generation.tokens) + generation.finished, "nfe": generation.nfe, "logprob": generation.logprob}
-
-
-def _batches(rows: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def _answers(question: list[_Asked]) -> list[Answer]:

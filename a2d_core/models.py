@@ -88,6 +88,15 @@ class DiffusionModel(nn.Module):
         """Positions that the network was made for; None where it has no limit."""
         return getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
 
+    def require_room(self, positions: int, what: str, remedy: str) -> None:
+        """Raise `UserError` where `what` needs more positions than the context has."""
+        fits = self.context is None or positions <= self.context
+        require(fits, f"{what} needs {positions} positions, but the model's context is {self.context}: {remedy}")
+
+    def require_chat_template(self, remedy: str) -> None:
+        """Raise `UserError` where the tokenizer has no chat template."""
+        require(bool(self.tokenizer.chat_template), f"the tokenizer of '{self.network.name_or_path}' has no chat template: {remedy}")
+
     @property
     def eos_token_id(self) -> int:
         """The end-of-sequence token, which also fills what lies behind an answer."""
@@ -116,10 +125,7 @@ class DiffusionModel(nn.Module):
 
     def encode_messages(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation in the tokenizer's chat template, ready for the assistant's turn."""
-        require(
-            bool(self.tokenizer.chat_template),
-            f"the tokenizer of '{self.network.name_or_path}' has no chat template: give prompts as plain text (chat=false, --raw)",
-        )
+        self.require_chat_template("give prompts as plain text (chat=false, --raw)")
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
     def forward(self, layout: Layout, exclude_mask_token: bool = True) -> tuple[Tensor, Tensor]:
@@ -359,7 +365,10 @@ def _entry(config: Any, path: str | Path, objective: str | None) -> dict[str, An
 
 
 def published_mask_token(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The mask token of a published checkpoint, with a row in its weights; where its tokenizer has none, it is the first id behind it."""
+    """The mask token of a published checkpoint, with a row in its weights; where its tokenizer has none, it is the first id behind it.
+
+    Raises `UserError` where the weights have no row for it.
+    """
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": published.MASK_TOKEN})
     mask_token_id = int(tokenizer.convert_tokens_to_ids(tokenizer.mask_token))

@@ -262,7 +262,7 @@ class Objective:
 
 
 def make(objective: str, *, block_size: int, mask_token_id: int, right_shift: bool = False) -> Objective:
-    """The objective of that name: `mdlm` (arXiv 2406.07524) or `bd3lm` (arXiv 2503.09573)."""
+    """The objective of that name: `mdlm` (arXiv 2406.07524) or `bd3lm` (arXiv 2503.09573); raises `UserError` for another."""
     check_objective(objective)
     return Objective(block_size if objective == "bd3lm" else None, mask_token_id, right_shift)
 

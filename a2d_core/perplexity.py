@@ -28,12 +28,11 @@ AR_ELEMENTS = 1 << 24
 
 
 def rows_of_text(config: EvaluateConfig, model: DiffusionModel, seed: int) -> Tensor:
-    """rows_BL: token ids of at most `config.text_rows` rows, spread evenly over the text, or its held-out part."""
-    context = model.context
-    require(
-        context is None or config.text_length <= context,
-        f"evaluate.text_length={config.text_length} is more than the model's context of {context} positions: lower it",
-    )
+    """rows_BL: token ids of at most `config.text_rows` rows, spread evenly over the text, or its held-out part.
+
+    Raises `UserError` where a row exceeds the model's context, and as `data.load_documents` does.
+    """
+    model.require_room(config.text_length, f"evaluate.text_length={config.text_length}", "lower it")
     train, documents = data.load_documents(str(config.text_dataset), config.reading(), seed)
     if config.text_part == "all":
         documents = _together(train, documents)
@@ -66,7 +65,10 @@ def nelbo(config: EvaluateConfig, model: DiffusionModel, rows_BL: Tensor, seed: 
 
 @torch.no_grad()
 def autoregressive(source_dir: str | Path, rows_BL: Tensor, device: torch.device) -> Tensor:
-    """nats_B: the autoregressive model's loss on tokens 1..L-1 of each row given those before them, summed."""
+    """nats_B: the autoregressive model's loss on tokens 1..L-1 of each row given those before them, summed.
+
+    Raises `UserError` where it cannot be loaded, or has another vocabulary.
+    """
     try:
         network = AutoModelForCausalLM.from_pretrained(source_dir, dtype="auto", use_safetensors=True).to(device).eval()
     except (OSError, ValueError) as error:

@@ -243,12 +243,8 @@ def masked_share(config: TrainConfig) -> float:
     """The mean of 1 - alpha(t) over the times that are drawn."""
     if config.schedule == "linear":
         return (config.t_min + config.t_max) / 2
-    return (
-        2
-        / math.pi
-        * (math.sin(math.pi / 2 * (1 - config.t_min)) - math.sin(math.pi / 2 * (1 - config.t_max)))
-        / (config.t_max - config.t_min)
-    )
+    upper, lower = (math.sin(math.pi / 2 * (1 - t)) for t in (config.t_min, config.t_max))
+    return 2 / math.pi * (upper - lower) / (config.t_max - config.t_min)
 
 
 def memory(shape: Shape, config: TrainConfig, block: int, processes: int, strategy: str = "ddp") -> float:
@@ -307,25 +303,11 @@ def text(cost: dict[str, Any]) -> str:
     model, stages = cost["model"], cost["stages"]
     size = "of unknown size" if model["parameters"] is None else f"{model['parameters']:,} parameters (from {model['from']})"
     head = ["stage", "rows", "steps", "tokens", "FLOPs", "memory", "disk"]
-    rows = [
-        [
-            name,
-            _number(s["rows"]),
-            _number(s["steps"]),
-            _number(s["tokens"]),
-            _number(s["flops"]),
-            _gib(s["memory_gib"]),
-            _gib(s["disk_gib"]),
-        ]
-        for name, s in stages.items()
-    ]
+    counts, sizes = ("rows", "steps", "tokens", "flops"), ("memory_gib", "disk_gib")
+    rows = [[name, *(_number(s[of]) for of in counts), *(_gib(s[of]) for of in sizes)] for name, s in stages.items()]
     lines = [f"model     {model['name']}, {size}", "", *(aligned([head, *rows]) if rows else ["nothing is trained"])]
-    lines += [
-        "",
-        *aligned(
-            [["training on", "hours", "GPU-hours"], *([h["hardware"], f"{h['hours']:.3g}", f"{h['gpu_hours']:.3g}"] for h in cost["hours"])]
-        ),
-    ]
+    hours = [[h["hardware"], f"{h['hours']:.3g}", f"{h['gpu_hours']:.3g}"] for h in cost["hours"]]
+    lines += ["", *aligned([["training on", "hours", "GPU-hours"], *hours])]
     if made := cost["register"]:
         gate = ", ".join(made["gate"]) or "nothing, because evaluate is switched off"
         lines += ["", f"registers {made['name']}, alias {made['alias']}, review {made['review']}, {_gib(made['weights_gib'])} of weights"]
@@ -343,9 +325,8 @@ def assumptions(cost: dict[str, Any]) -> Iterable[str]:
     if not cost["stages"]:
         return
     if any(hour["gpu_hours"] for hour in cost["hours"]):
-        yield f"{MFU:.0%} of the peak of a data sheet: " + ", ".join(
-            f"{gpu} {PEAKS[gpu][0] / 1e12:.0f} TFLOP/s in bfloat16" for gpu in SHOWN
-        )
+        peaks = ", ".join(f"{gpu} {PEAKS[gpu][0] / 1e12:.0f} TFLOP/s in bfloat16" for gpu in SHOWN)
+        yield f"{MFU:.0%} of the peak of a data sheet: {peaks}"
     else:
         yield f"{CORE_FLOPS / 1e9:.0f} GFLOP/s a CPU core"
     yield "memory of one process: weights, gradients and AdamW's moments (its part of what the strategy shares out), all activations of "

@@ -187,30 +187,14 @@ def kept_floor(weight_MV: Tensor, top_k: int | None, top_p: float) -> Tensor:
     return value_MK.gather(1, is_kept_MK.sum(-1, keepdim=True).clamp(min=1) - 1)
 
 
-def score_confidence(proposal: Proposal, random_BN: Callable[[], Tensor]) -> Tensor:
-    """The token's own probability."""
-    return proposal.logprob
-
-
-def score_margin(proposal: Proposal, random_BN: Callable[[], Tensor]) -> Tensor:
-    """How far the best token is ahead of the second."""
-    assert proposal.margin is not None
-    return proposal.margin
-
-
-def score_entropy(proposal: Proposal, random_BN: Callable[[], Tensor]) -> Tensor:
-    """How little is left open."""
-    assert proposal.entropy is not None
-    return -proposal.entropy
-
-
-def score_random(proposal: Proposal, random_BN: Callable[[], Tensor]) -> Tensor:
-    """Any order."""
-    return random_BN()
-
-
-SCORES = {"confidence": score_confidence, "margin": score_margin, "entropy": score_entropy, "random": score_random}
-"""How each policy ranks open positions: the highest goes first."""
+def score(policy: str, proposal: Proposal, random_BN: Callable[[], Tensor]) -> Tensor:
+    """score_BN: how a policy ranks open positions, the highest first: by the token's own probability, by how far the best token is
+    ahead of the second (`margin`), by how little is left open (`entropy`), or by nothing (`random`)."""
+    if policy == "random":
+        return random_BN()
+    ranked = {"confidence": proposal.logprob, "margin": proposal.margin, "entropy": proposal.entropy}[policy]
+    assert ranked is not None, "the reader knows the policy, and has computed what it asks for"
+    return -ranked if policy == "entropy" else ranked
 
 
 def reveal(config: SampleConfig, score_BN: Tensor, proposal: Proposal, is_open_BN: Tensor, count_B: Tensor) -> Tensor:

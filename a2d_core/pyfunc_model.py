@@ -23,7 +23,8 @@ class DiffusionLanguageModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the checkpoint."""
         from a2d_core import models
-        from a2d_core.config import SampleConfig, build
+        from a2d_core.config import SampleConfig
+        from a2d_core.settings import build
 
         self.config = build(SampleConfig, context.model_config["sample"], "sample")
         self.model = models.load(context.artifacts["checkpoint"])
@@ -50,10 +51,12 @@ class DiffusionLanguageModel(PythonModel):
             return [answer.text for answer in sampling.generate(self.model, prompts, config)]
 
     def _asked(self, texts: list[Any], params: dict[str, Any]) -> tuple[list[list[int]], Any]:
+        from a2d_core import settings
+
         wrong = [text for text in texts if not isinstance(text, str)]
         if wrong:
             raise MlflowException.invalid_parameter_value(f"a prompt must be text, not {wrong[0]!r}")
-        config = self.config.with_parameters(params)
+        config = settings.with_parameters(self.config, params)
         return [self.model.encode(text, chat=config.chat) for text in texts], config
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
@@ -38,7 +38,7 @@ def load_network(
     config = read_config(path, **options)
     refuse_unsupported(config)
     if Path(path).is_dir():
-        _look_at_files(Path(path), allow_pickle)
+        check_files(Path(path), allow_pickle=allow_pickle)
     try:
         network, told = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, use_safetensors=None if allow_pickle else True, output_loading_info=True, **options
@@ -54,7 +54,10 @@ def load_network(
 
 
 def read_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> transformers.PreTrainedConfig:
-    """The configuration at `path`, that of a published A2D checkpoint in the terms of transformers."""
+    """The configuration at `path`, that of a published A2D checkpoint in the terms of transformers.
+
+    Raises `UserError` where there is none that can be read.
+    """
     if (Path(path) / "config.json").is_file():
         _read_json(Path(path) / "config.json")
     try:
@@ -84,8 +87,8 @@ def refuse_unsupported(config: Any) -> None:
     require(not getattr(network, "_is_stateful", False), f"{name} keeps a recurrent state, which cannot be made bidirectional: {_ADVICE}")
 
 
-def _look_at_files(folder: Path, allow_pickle: bool) -> None:
-    """Damage that shows in the files: raise `UserError` before any weight is read."""
+def check_files(folder: Path, *, allow_pickle: bool = False) -> None:
+    """Raise `UserError` where the files of a model directory show, before any weight is read, that some are damaged or not there."""
     shards = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -159,7 +162,7 @@ def _why_not_loaded(path: str, error: Exception) -> str:
         return f"cannot load a language model from the directory '{path}': {reason}"
     if path.count("/") > 1 or path.startswith((".", "/", "~")):
         return f"model directory '{path}' does not exist"
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+    if HF_HUB_OFFLINE:
         return f"'{path}' is not a directory here, and the Hub is off (HF_HUB_OFFLINE is set): give a local directory, or unset it"
     if "gated" in reason or "401" in reason or "403" in reason:
         return f"'{path}' on the Hub is gated or private: accept its licence on its page and set HF_TOKEN to a token that may read it"

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import a2d_core
-from a2d_core import gate
-from a2d_core.config import SampleConfig, UserError, require, to_dict
+from a2d_core import checkpoints, gate
+from a2d_core.config import SampleConfig, UserError, require
 from a2d_core.review import Version
+from a2d_core.settings import parameters, to_dict
 from a2d_core.tracking import finite_numbers
 
 REQUIREMENTS = ("mlflow", "torch", "transformers", "tokenizers", "safetensors", "jinja2", "numpy")
@@ -52,7 +53,7 @@ def register(
     """
     import mlflow
 
-    weights = digest(model_dir)
+    weights = checkpoints.digest(model_dir)
     require(
         written in (None, weights),
         f"the weights in '{model_dir}' are not those that training wrote (sha256 {weights[:12]}, not {[written]}): nothing is registered",
@@ -68,22 +69,18 @@ def register(
     return {"name": name, "version": int(found), "uri": f"models:/{name}/{found}"}
 
 
-def digest(model_dir: str | Path) -> str:
-    """The SHA-256 of a checkpoint's weights."""
-    total = hashlib.sha256()
-    for path in sorted(Path(model_dir).glob("*.safetensors")):
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
+def source_digest() -> str:
+    """The SHA-256 of the package's source."""
+    package, source = Path(a2d_core.__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        source.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return source.hexdigest()
 
 
 def code_version() -> str:
     """What code this is: a digest of the package's source, and the git commit where it lies in a checkout."""
     package = Path(a2d_core.__file__).parent
-    source = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        source.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    words = f"source {source.hexdigest()[:12]}"
+    words = f"source {source_digest()[:12]}"
     if not (package.parent / ".git").exists() or shutil.which("git") is None:
         return words
 
@@ -141,7 +138,7 @@ def approve(name: str, number: int | str, why: str | None = None) -> str:
 
 
 def reject(name: str, number: int | str, why: str) -> str:
-    """Mark a version as rejected; it is a candidate no more."""
+    """Mark a version as rejected; it is a candidate no more. Raises `UserError` where it is the champion."""
     found = read(name, number)
     require(
         _aliases(name).get("champion") != found.number,
@@ -188,7 +185,7 @@ def refusals(found: Version, current: Version | None) -> list[str]:
 
 
 def rollback(name: str, why: str | None = None) -> str:
-    """Give the alias `champion` back to the version that had it before."""
+    """Give the alias `champion` back to the version that had it before; raises `UserError` where there is none."""
     champions = _champions(name)
     require(
         len(champions) > 1, f"'{name}' has no earlier champion to go back to" + ("" if champions else ": no version has been promoted yet")
@@ -281,7 +278,7 @@ def _log(model_dir: str | Path, sample: SampleConfig, record: dict[str, Any]) ->
     from mlflow.types.schema import AnyType, ColSpec, ParamSchema, Schema
 
     package = Path(a2d_core.__file__).parent
-    params = [_parameter(name, value) for name, value in sample.parameters().items()]
+    params = [_parameter(name, value) for name, value in parameters(sample).items()]
     prompt = ColSpec(AnyType(), "prompt")  # of a "string" the server makes text of whatever comes; the model itself wants text
     with tempfile.TemporaryDirectory(prefix="a2d-register-") as room, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*An input example was not provided")  # it would be run, on whatever machine this is

@@ -143,18 +143,10 @@ def _bound(text: Row) -> str:
 
 def frontier_table(frontier: list[Row]) -> Table:
     """A line for each sampler and task."""
-    rows = [
-        (
-            row["sampler"],
-            row["task"],
-            row["metric"],
-            estimate(row["value"], row["stderr"]),
-            number(row["evaluations"]),
-            ratio(row["tokens"], row["evaluations"]),
-        )
-        for row in frontier
-        if row["is_main"]
-    ]
+    rows = []
+    for row in (row for row in frontier if row["is_main"]):
+        pace = number(row["evaluations"]), ratio(row["tokens"], row["evaluations"])
+        rows.append((row["sampler"], row["task"], row["metric"], estimate(row["value"], row["stderr"]), *pace))
     return Table(("sampler", "task", "metric", "score", "evaluations", "tokens per evaluation"), tuple(rows))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +54,7 @@ def build(candidate: Version, champion: Version | None) -> dict[str, Any]:
         ],
         "differences": [
             {"field": name, **_both(ours, other)}
-            for name, (ours, other) in differences(candidate.record.get("recipe"), champion.record.get("recipe")).items()
+            for name, ours, other in differences(candidate.record.get("recipe") or {}, champion.record.get("recipe") or {})
         ]
         if champion
         else [],
@@ -78,17 +79,16 @@ def lineage(version: Version) -> dict[str, str]:
     return {what: value for what, value in lines.items() if value}
 
 
-def differences(ours: dict[str, Any] | None, theirs: dict[str, Any] | None, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """Field -> its two values, of the fields in which two recipes differ."""
-    ours, theirs = ours or {}, theirs or {}
-    found: dict[str, tuple[Any, Any]] = {}
-    for name in {**ours, **theirs}:
-        a, b = ours.get(name), theirs.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found |= differences(a, b, f"{where}{name}.")
-        elif a != b:
-            found[f"{where}{name}"] = (a, b)
-    return found
+def differences(ours: Any, theirs: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(place, our value, theirs) wherever two JSON values differ; numbers must be the same to the last bit."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in dict.fromkeys([*ours, *theirs]):
+            yield from differences(ours.get(key), theirs.get(key), f"{where}.{key}" if where else str(key))
+    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            yield from differences(*pair, f"{where}[{i}]")
+    elif ours != theirs:
+        yield where, ours, theirs
 
 
 # --- for people -----------------------------------------------------------------------------------

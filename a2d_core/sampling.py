@@ -86,21 +86,9 @@ class Canvas:
     """Number that its random draws depend on; None: its place among the others."""
 
 
-def generate(
-    model: DiffusionModel,
-    prompts: Sequence[Sequence[int]],
-    config: SampleConfig,
-    *,
-    generator: torch.Generator | None = None,
-    max_new_tokens: int | Sequence[int] | None = None,
-    stop: Sequence[Sequence[str]] | None = None,
-    expected: Sequence[Sequence[int]] | None = None,
-) -> list[Generation]:
-    """Answer each prompt (token ids) in its order, `config.batch_size` at a time; the arguments are those of `stream`."""
-    events = stream(
-        model, prompts, config, generator=generator, max_new_tokens=max_new_tokens, stop=stop, expected=expected, evaluations=False
-    )
-    found = {event.prompt: event.generation for event in events}
+def generate(model: DiffusionModel, prompts: Sequence[Sequence[int]], config: SampleConfig, **options: Any) -> list[Generation]:
+    """Answer each prompt (token ids) in its order, `config.batch_size` at a time; the options are those of `stream`."""
+    found = {event.prompt: event.generation for event in stream(model, prompts, config, evaluations=False, **options)}
     return [generation for _, generation in sorted(found.items()) if generation is not None]
 
 
@@ -152,11 +140,7 @@ def lay_out(
     """The canvas of a row whose tokens are given, save for the mask tokens; a stop token may come from `may_end` on."""
     objective, mask = model.objective, model.spec.mask_token_id
     objective.check_sampling(config)
-    require(
-        model.context is None or len(tokens) <= model.context,
-        f"prompt and answer need {len(tokens)} positions, but the model's context is {model.context}: "
-        f"lower sample.max_new_tokens={tokens.count(mask)} or shorten the prompt",
-    )
+    model.require_room(len(tokens), "a prompt with its answer", f"lower sample.max_new_tokens={tokens.count(mask)} or shorten the prompt")
     begin = tokens.index(mask)
     origin = config.block_origin or model.spec.block_origin
     lead = -begin % (objective.block_size or 1) if origin == "prompt_end" else 0
@@ -334,17 +318,8 @@ class _Sampler:
                 continue
             start, stop = row.active
             count = -(-row.canvas.widest // (self.config.steps_per_block or row.canvas.widest))
-            table.append(
-                (
-                    start,
-                    stop,
-                    len(row.tokens),
-                    row.canvas.may_end,
-                    row.canvas.lead,
-                    count,
-                    row.number if row.canvas.key is None else row.canvas.key,
-                )
-            )
+            key = row.number if row.canvas.key is None else row.canvas.key
+            table.append((start, stop, len(row.tokens), row.canvas.may_end, row.canvas.lead, count, key))
             opens.append((row.tokens[max(0, start) : stop].count(self.mask), count))
             asks_early |= max(start, row.canvas.begin) < row.canvas.may_end
         start_R, stop_R, end_R, may_end_R, lead_R, count_R, number_R = torch.tensor(table).to(self.device).T
@@ -455,7 +430,7 @@ class _Sampler:
         early_M = None if stretch.early_RA is None else stretch.early_RA.gather(1, column_RN).flatten()
         keys = [x[:, None].expand_as(position_RN) for x in (stretch.number_R, self.nfe_R)] + [position_RN]
         proposal = self.reader.read(read, early_M, tuple(key.flatten() for key in keys)).reshape(*position_RN.shape)
-        score_RN = policies.SCORES[self.config.policy](proposal, lambda: hashed_uniform(self.seed, 2, *keys))
+        score_RN = policies.score(self.config.policy, proposal, lambda: hashed_uniform(self.seed, 2, *keys))
 
         remasked_RA = torch.zeros_like(is_open_RA)
         count_R = stretch.count_R

@@ -68,7 +68,7 @@ def limit(cpu_seconds: int, memory_mb: int, file_mb: int) -> None:
 
 
 def watch(directory: str, is_alone: bool) -> Callable[[str, tuple[Any, ...]], None]:
-    """An audit hook that refuses sockets, processes and writing outside of `directory`: the second wall, or the only one."""
+    """An audit hook: `PermissionError` for sockets, processes, and writing outside of `directory`. The second wall, or the only one."""
     inside = os.path.realpath(directory)
 
     def is_inside(path: Any) -> bool:

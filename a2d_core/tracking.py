@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from a2d_core.config import Recipe, TrackingConfig, UserError, require, to_dict
+from a2d_core.config import Recipe, TrackingConfig, UserError, require
 from a2d_core.follow import Row, cause
+from a2d_core.settings import to_dict
 
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -99,11 +99,7 @@ def fit(
 
 def check_fits(model: DiffusionModel, config: TrainConfig) -> None:
     """Raise `UserError` where rows of `config.max_length` do not fit the model's context or its blocks."""
-    context = model.context
-    require(
-        context is None or config.max_length <= context,
-        f"max_length={config.max_length} is beyond the model's context of {context} positions: lower it to {context}",
-    )
+    model.require_room(config.max_length, f"max_length={config.max_length}", "lower it")
     block = model.objective.block_size
     require(
         block is None or config.max_length % block == 0,
@@ -147,7 +143,8 @@ class DiffusionTrainer(Trainer):
         if not self.diffusion.group_by_length:
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(row["input_ids"]) for row in rows]
+        tables = rows.select_columns("input_ids").with_format("arrow").iter(10_000)  # as Python lists, millions of rows take minutes
+        lengths = [length for table in tables for chunk in table["input_ids"].chunks for length in chunk.value_lengths().to_pylist()]
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroups(lengths, step, self.noise_seed)
 

@@ -23,7 +23,8 @@ from metaflow import Config, FlowSpec, Parameter, card, current, step  # noqa: E
 from metaflow._vendor import click  # noqa: E402
 
 from a2d_core import follow, launch, presets, store, tracking  # noqa: E402
-from a2d_core.config import OBJECTIVES, Recipe, build, require, to_dict  # noqa: E402
+from a2d_core.config import OBJECTIVES, Recipe, require  # noqa: E402
+from a2d_core.settings import build, to_dict  # noqa: E402
 
 tracking.quiet()
 launch.calm_threads()

@@ -21,7 +21,8 @@ from metaflow.exception import MetaflowException
 
 import a2d_core
 from a2d_core import presets
-from a2d_core.config import ComputeConfig, Recipe, StepCompute, StoppedError, UserError, build, require
+from a2d_core.config import ComputeConfig, Recipe, StepCompute, StoppedError, UserError, require
+from a2d_core.settings import build
 from a2d_core.stages.checks import MemoryFullError
 
 PROFILES = {"convert": "convert", "pretrain": "train", "sft": "train", "sample": "generate", "evaluate": "generate"}

@@ -62,3 +62,14 @@ def no_network(monkeypatch):
         monkeypatch.setattr(socket.socket, name, guard(getattr(socket.socket, name)))
     yield
     assert not refused, f"the test tried to reach {refused}"
+
+
+@pytest.fixture
+def no_forward(monkeypatch):
+    """A test that reaches a forward pass fails."""
+    from a2d_core.models import DiffusionModel  # heavy, and needed by few
+
+    def hidden(self, *_, **__):
+        raise AssertionError("a forward pass began")
+
+    monkeypatch.setattr(DiffusionModel, "hidden", hidden)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from a2d_core import checkpoints
 from a2d_core.config import SampleConfig, TrainConfig, UserError
 from a2d_core.launch import WorkerError
 from a2d_core.stages import checks
@@ -58,3 +59,14 @@ def test_a_directory_that_may_not_even_be_looked_at_is_told_plainly(monkeypatch)
     monkeypatch.setattr(Path, "exists", refuse)
     with pytest.raises(UserError, match=r"cannot write to output directory '/locked/out' \(Permission denied\)"):
         checks.output_directory("/locked/out")
+
+
+def test_a_sealed_directory_has_the_digest_of_its_files_until_one_changes(tmp_path):
+    with checkpoints.whole(tmp_path / "model") as folder:
+        for name in ("model.safetensors", "config.json", "notes.txt"):
+            (folder / name).write_text(name)
+    sealed = checkpoints.digest(tmp_path / "model", as_sealed=True)
+    (tmp_path / "model" / "notes.txt").write_text("other notes, which are no part of the model")
+    assert checkpoints.digest(tmp_path / "model") == sealed
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert checkpoints.digest(tmp_path / "model") != sealed == checkpoints.digest(tmp_path / "model", as_sealed=True)

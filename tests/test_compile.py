@@ -15,7 +15,8 @@ import pytest
 from hera.workflows.models import WorkflowTemplate
 
 from a2d_core import presets
-from a2d_core.config import ComputeConfig, build
+from a2d_core.config import ComputeConfig
+from a2d_core.settings import build
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "flows"))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from a2d_core import config
+from a2d_core import settings
 from a2d_core.config import (
     ComputeConfig,
     ConvertConfig,
@@ -25,23 +25,23 @@ PARTS = [ConvertConfig, TrainConfig, SampleConfig, EvaluateConfig, RegisterConfi
 
 
 def small(**values) -> Recipe:
-    return config.build(Recipe, {"name": "test", "objective": "bd3lm", **values})
+    return settings.build(Recipe, {"name": "test", "objective": "bd3lm", **values})
 
 
 @pytest.mark.parametrize("cls", PARTS, ids=lambda cls: cls.__name__)
 def test_every_field_has_a_meaning(cls):
-    assert set(config.describe(cls)) == {field.name for field in dataclasses.fields(cls)}
-    assert all(meaning.endswith(".") and "\n" not in meaning for meaning in config.describe(cls).values())
+    assert set(settings.describe(cls)) == {field.name for field in dataclasses.fields(cls)}
+    assert all(meaning.endswith(".") and "\n" not in meaning for meaning in settings.describe(cls).values())
 
 
 @pytest.mark.parametrize("cls", PARTS, ids=lambda cls: cls.__name__)
 def test_plain_values_make_the_same_configuration_again(cls):
-    assert config.build(cls, config.to_dict(cls())) == cls()
+    assert settings.build(cls, settings.to_dict(cls())) == cls()
 
 
 def test_a_recipe_survives_the_way_through_plain_values():
     recipe = small(sft={"max_steps": 7}, compute={"train": {"gpu": 2, "processes": 2}, "node_selector": {"a": "b"}})
-    assert config.build(Recipe, config.to_dict(recipe)) == recipe
+    assert settings.build(Recipe, settings.to_dict(recipe)) == recipe
 
 
 def test_a_configuration_cannot_be_changed_in_place():
@@ -89,7 +89,7 @@ def test_whole_numbers_serve_as_fractions_and_one_text_as_a_list():
 
 
 def test_the_masked_objective_has_no_blocks_to_fit():
-    assert config.build(Recipe, {"name": "x", "objective": "mdlm", "sft": {"max_length": 100}}).sft.max_length == 100
+    assert settings.build(Recipe, {"name": "x", "objective": "mdlm", "sft": {"max_length": 100}}).sft.max_length == 100
 
 
 @pytest.mark.parametrize(
@@ -107,24 +107,24 @@ def test_the_masked_objective_has_no_blocks_to_fit():
     ],
 )
 def test_an_override_is_a_path_and_a_value(text, path, value):
-    assert config.parse_override(text) == (path, value)
+    assert settings.parse_override(text) == (path, value)
 
 
 @pytest.mark.parametrize("text", ["sft.max_steps", "=3", " =3", ""])
 def test_an_override_without_path_or_value_is_refused(text):
     with pytest.raises(UserError, match=r"is not of the form stage\.field=value"):
-        config.parse_override(text)
+        settings.parse_override(text)
 
 
 def test_overrides_win_in_their_order_and_leave_the_original_alone():
     values = {"sft": {"max_steps": 1}}
-    assert config.apply_overrides(values, ["sft.max_steps=2", "sft.max_steps=3", "sample.top_p=0.5"]) == {
+    assert settings.apply_overrides(values, ["sft.max_steps=2", "sft.max_steps=3", "sample.top_p=0.5"]) == {
         "sft": {"max_steps": 3},
         "sample": {"top_p": 0.5},
     }
     assert values == {"sft": {"max_steps": 1}}
     with pytest.raises(UserError, match="'max_steps' is a field, not a stage"):
-        config.apply_overrides(values, ["sft.max_steps.x=2"])
+        settings.apply_overrides(values, ["sft.max_steps.x=2"])
 
 
 @given(st.data())
@@ -132,5 +132,5 @@ def test_any_number_that_a_field_takes_comes_back_from_its_override(data):
     fields = {name: hint for name, hint in typing.get_type_hints(TrainConfig).items() if hint in (int, float)}
     name = data.draw(st.sampled_from(sorted(fields)))
     value = data.draw(st.integers(2, 10**6) if fields[name] is int else st.floats(0.002, 0.9))
-    values = config.apply_overrides({}, [f"sft.{name}={value!r}"])
-    assert getattr(config.build(TrainConfig, values["sft"], "sft"), name) == value
+    values = settings.apply_overrides({}, [f"sft.{name}={value!r}"])
+    assert getattr(settings.build(TrainConfig, values["sft"], "sft"), name) == value

@@ -13,7 +13,6 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from a2d_core import embedded, models, perplexity, sampling, tasks
 from a2d_core.config import EvaluateConfig, SampleConfig, UserError
-from a2d_core.models import DiffusionModel
 from a2d_core.sampling import Event, Generation
 from a2d_core.stages import evaluate
 
@@ -31,16 +30,6 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoints(source, tmp_path_factory):
     return families.convert_both(source, tmp_path_factory.mktemp("converted"))
-
-
-@pytest.fixture
-def no_forward(monkeypatch):
-    """A test that reaches a forward pass fails."""
-
-    def hidden(self, *_, **__):
-        raise AssertionError("a forward pass began")
-
-    monkeypatch.setattr(DiffusionModel, "hidden", hidden)
 
 
 def task_file(directory, **fields):
@@ -287,14 +276,14 @@ def test_code_runs_where_it_is_allowed_and_the_environment_is_put_back(checkpoin
 def test_a_damaged_checkpoint_is_refused(damage, checkpoints, tmp_path, no_forward):
     shutil.copytree(checkpoints["mdlm"], tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
-    content, message = weights.read_bytes(), "bytes where its header says"
+    content, message = weights.read_bytes(), "model.safetensors' is damaged"
     weights.write_bytes(content[:-100] if damage == "short" else b"\xff" * 100)
     if damage == "absent":
         weights.unlink()
         (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1-of-2.safetensors"}}))
-        message = "model-1-of-2.safetensors, which model.safetensors.index.json names, is not there"
+        message = "lacks model-1-of-2.safetensors, which model.safetensors.index.json names"
     for directories in ({"model_dir": tmp_path / "model"}, {"model_dir": checkpoints["mdlm"], "baseline_dir": tmp_path / "model"}):
-        with pytest.raises(UserError, match=rf"is damaged: .*{message}"):
+        with pytest.raises(UserError, match=message):
             evaluate.run(SMALL, SAMPLE, output_dir=tmp_path / "out", **directories)
 
 
@@ -315,7 +304,7 @@ def test_a_task_that_asks_for_something_else_is_refused(checkpoints, tmp_path, n
 @pytest.mark.parametrize(
     ("config", "directories", "message"),
     [
-        (EvaluateConfig(text_length=999), {}, r"text_length=999 .* 128 positions"),
+        (EvaluateConfig(text_length=999), {}, r"text_length=999 .* context is 128"),
         (EvaluateConfig(), {"baseline_dir": "nowhere"}, "baseline 'nowhere' is not a diffusion checkpoint"),
         (EvaluateConfig(), {"source_dir": "nowhere"}, "source 'nowhere' is not the directory"),
         (EvaluateConfig(task_dirs=("nowhere",)), {}, "'nowhere' is not a directory"),

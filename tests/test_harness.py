@@ -148,9 +148,9 @@ def test_one_beam_is_what_there_is(model):
 def test_a_request_beyond_the_context_is_refused_before_any_work(model, monkeypatch):
     monkeypatch.setattr(model, "hidden", None)
     lm = DiffusionLM(model)
-    with pytest.raises(UserError, match=f"{CONTEXT} positions"):
+    with pytest.raises(UserError, match=f"context is {CONTEXT}"):
         lm.generate_until(requests("generate_until", (PROMPTS[0], {"max_gen_toks": 4}), (PROMPTS[0], {"max_gen_toks": CONTEXT})))
-    with pytest.raises(UserError, match=f"{CONTEXT} positions"):
+    with pytest.raises(UserError, match=f"context is {CONTEXT}"):
         lm.loglikelihood(requests("loglikelihood", ("a", "b"), ("a" * CONTEXT, "b")))
 
 

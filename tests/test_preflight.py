@@ -43,9 +43,9 @@ def test_data_and_tasks_are_looked_for_unless_their_stage_is_off(overrides, mess
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["pretrain.max_length=256"], r"max_length=256 is beyond the model's context"),
-        (["sft.max_length=256"], r"max_length=256 is beyond the model's context"),
-        (["evaluate.text_length=256"], r"evaluate\.text_length=256 is beyond the model's context"),
+        (["pretrain.max_length=256"], r"max_length=256 needs 256 positions, but the model's context is 128"),
+        (["sft.max_length=256"], r"max_length=256 needs 256 positions, but the model's context is 128"),
+        (["evaluate.text_length=256"], r"evaluate\.text_length=256 needs 256 positions, but the model's context is 128"),
     ],
 )
 def test_lengths_must_fit_the_converted_model(overrides, message, checkpoint):
@@ -59,6 +59,6 @@ def test_sft_needs_a_chat_template(tmp_path):
     model = families.byte_model("bd3lm", block_size=8)
     model.tokenizer.chat_template = None
     model.save(tmp_path)
-    with pytest.raises(UserError, match="no chat template, which sft needs"):
+    with pytest.raises(UserError, match="no chat template: sft needs one"):
         preflight.checkpoint(recipe(), tmp_path)
     preflight.checkpoint(recipe("sft.enabled=false"), tmp_path)

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from a2d_core import presets
-from a2d_core.config import OBJECTIVES, UserError, to_dict
+from a2d_core.config import OBJECTIVES, UserError
+from a2d_core.settings import to_dict
 
 
 def write(folder, name, text):

@@ -10,7 +10,6 @@ from lm_eval.tasks import TaskManager
 from a2d_core import models, perplexity, tasks
 from a2d_core.config import EvaluateConfig, SampleConfig, UserError
 from a2d_core.harness import DiffusionLM
-from a2d_core.models import DiffusionModel
 from a2d_core.stages import evaluate
 
 SUBJECTS = ("anatomy", "college_physics", "world_religions")
@@ -109,14 +108,6 @@ def test_a_group_reads_a_folder_for_each_of_its_tasks_and_is_their_mean(checkpoi
     assert rows["three_subjects"]["documents"] == 9
     prompt = json.loads((tmp_path / "out" / "lm_eval.json").read_text())["samples"]["mmlu_anatomy"][0]["arguments"][0][0]
     assert prompt.startswith("<|system|>") or "<|user|>" in prompt
-
-
-@pytest.fixture
-def no_forward(monkeypatch):
-    def hidden(self, *_, **__):
-        raise AssertionError("a forward pass began")
-
-    monkeypatch.setattr(DiffusionModel, "hidden", hidden)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from a2d_core import __main__ as cli
-from a2d_core import gate, models, presets, registry, review, sampling, tracking
+from a2d_core import checkpoints, gate, models, presets, registry, review, sampling, settings, tracking
 from a2d_core.config import ConvertConfig, SampleConfig, UserError
 from a2d_core.stages import convert, register
 
@@ -62,7 +62,7 @@ def put(parent, tmp_path_factory):
         model.save(folder)
         tags = {"mlflow.parent_run": parent, "metaflow.run": "A2DFlow/1", "gate": "passed"}
         samples = [{"prompt": "Upper: sea", "answer": "SEA"}]
-        facts = {"sft": {"weights_sha256": written or registry.digest(folder), "data_digest": "d" * 64, "train_rows": 3}}
+        facts = {"sft": {"weights_sha256": written or checkpoints.digest(folder), "data_digest": "d" * 64, "train_rows": 3}}
         with tracking.stage_run(parent, "register"):
             return register.run(folder, RECIPE, tags=tags, results=evaluation(task(0.9)), samples=samples, facts=facts)
 
@@ -126,7 +126,7 @@ def test_a_version_leads_back_to_its_run_and_waits_for_review(registered, client
 def test_the_model_carries_its_metrics_and_the_parameters_of_a_call(registered, client):
     info = mlflow.models.get_model_info(registered["uri"])
     found = {parameter.name: parameter.default for parameter in info.signature.params}
-    assert found == {**SAMPLE.parameters(), "stop": [], "suppressed_tokens": []}
+    assert found == {**settings.parameters(SAMPLE), "stop": [], "suppressed_tokens": []}
     assert (found["max_new_tokens"], found["threshold"], found["steps_per_block"]) == (12, 0.9, 0)
     bars = {"stderr": 0.01, "chance": 0.1, "baseline": 0.0}
     metrics = {metric.key: metric.value for metric in mlflow.get_logged_model(info.model_id).metrics}
@@ -223,11 +223,11 @@ def test_a_stream_refuses_what_is_no_text(answered):
 
 def test_the_parameters_of_a_call_are_the_fields_of_the_configuration():
     given = {"threshold": 0.0, "steps_per_block": 4, "stop": ["\n"], "top_k": 0, "temperature": 0.5}
-    assert SAMPLE.with_parameters({}) == SAMPLE.with_parameters(SAMPLE.parameters()) == SAMPLE
+    assert settings.with_parameters(SAMPLE, {}) == settings.with_parameters(SAMPLE, settings.parameters(SAMPLE)) == SAMPLE
     changed = dataclasses.replace(SAMPLE, threshold=None, steps_per_block=4, stop=("\n",), temperature=0.5)
-    assert SAMPLE.with_parameters(given) == changed
+    assert settings.with_parameters(SAMPLE, given) == changed
     with pytest.raises(UserError, match="top_p must lie in"):
-        SAMPLE.with_parameters({"top_p": 0.0})
+        settings.with_parameters(SAMPLE, {"top_p": 0.0})
 
 
 @pytest.mark.parametrize("params", [{}, {"max_new_tokens": 9, "temperature": 1.0, "stop": ["e"]}])
@@ -286,9 +286,9 @@ def test_weights_that_training_did_not_write_are_refused(put, model, registered,
 
 def test_a_stage_says_which_weights_it_wrote(tmp_path):
     facts = convert.run(ConvertConfig(model="embedded:smoke", block_size=8), "bd3lm", tmp_path)
-    assert facts["weights_sha256"] == registry.digest(tmp_path)
+    assert facts["weights_sha256"] == checkpoints.digest(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-1] + b"x")
-    assert facts["weights_sha256"] != registry.digest(tmp_path)
+    assert facts["weights_sha256"] != checkpoints.digest(tmp_path)
 
 
 def test_a_version_says_where_it_comes_from(registered, client):

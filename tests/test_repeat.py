@@ -13,18 +13,7 @@ from a2d_core.config import EvaluateConfig, Recipe, SampleConfig, UserError
 from a2d_core.stages import evaluate, repeat
 
 TEXT = "Über allen Gipfeln ist Ruh, in allen Wipfeln spürest du kaum einen Hauch. 🌲\n" * 20
-SETTINGS = [
-    "--set",
-    "limit=2",
-    "--set",
-    "text_rows=3",
-    "--set",
-    "text_length=32",
-    "--set",
-    "nelbo_samples=2",
-    "--set",
-    "sample.temperature=0.7",
-]
+SETTINGS = "--set limit=2 --set text_rows=3 --set text_length=32 --set nelbo_samples=2 --set sample.temperature=0.7".split()
 
 
 @pytest.fixture(scope="module")
@@ -187,12 +176,10 @@ def test_a_run_that_evaluated_nothing_cannot_be_repeated(tracked, tmp_path):
 
 def test_differences_name_the_place_and_see_the_last_bit():
     then = {"a": [1.0, {"b": 0.1}], "c": None}
-    assert list(repeat.differences(then, {"a": [1.0, {"b": 0.1}], "c": None})) == []
-    assert list(repeat.differences(then, {"a": [1.0, {"b": math.nextafter(0.1, 1)}], "c": None})) == [
-        "a[1].b: then 0.1, now 0.10000000000000002"
-    ]
-    assert list(repeat.differences({"a": [1]}, {"a": [1, 2]})) == ["a: then [1], now [1, 2]"]
-    assert list(repeat.differences({}, {"new": 1})) == ["new: then null, now 1"]
+    assert repeat.differences(then, {"a": [1.0, {"b": 0.1}], "c": None}) == []
+    assert repeat.differences(then, {"a": [1.0, {"b": math.nextafter(0.1, 1)}], "c": None}) == ["a[1].b: then 0.1, now 0.10000000000000002"]
+    assert repeat.differences({"a": [1]}, {"a": [1, 2]}) == ["a: then [1], now [1, 2]"]
+    assert repeat.differences({}, {"new": 1}) == ["new: then null, now 1"]
 
 
 def test_the_champions_numbers_come_from_its_registered_version(tracked, checkpoints, tmp_path):

@@ -154,7 +154,7 @@ def test_a_damaged_output_is_named_and_a_prompt_that_does_not_fit_too(checkpoint
     (tmp_path / "o.jsonl").write_text('{"index": 0}\n')
     with pytest.raises(UserError, match=r"o.jsonl, line 1 is no answered prompt"):
         sample.run(CONFIG, checkpoint, tmp_path / "o.jsonl", rows=ROWS, resume=True)
-    with pytest.raises(UserError, match=r"prompt 2 and its answer need .* the model's context is 128"):
+    with pytest.raises(UserError, match=r"prompt 2 with its answer needs .* the model's context is 128"):
         sample.run(CONFIG, checkpoint, tmp_path / "p.jsonl", rows=[ROWS[0], {"prompt": "x" * 128}])
     with pytest.raises(UserError, match="prompt 2 is a list of messages"):
         sample.run(replace(CONFIG, chat=False), checkpoint, tmp_path / "p.jsonl", rows=ROWS)

@@ -379,7 +379,7 @@ def test_a_confident_position_goes_before_any_budget_and_a_large_budget_takes_al
 
 
 def test_what_exceeds_the_context_is_refused_before_any_work() -> None:
-    with pytest.raises(UserError, match=r"need 130 positions, but the model's context is 128.*max_new_tokens=120"):
+    with pytest.raises(UserError, match=r"needs 130 positions, but the model's context is 128.*max_new_tokens=120"):
         sampling.generate(diffusion_model(), prompts_of([10]), replace(CONFIG, max_new_tokens=120))
 
 

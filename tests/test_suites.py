@@ -7,6 +7,7 @@ import families
 import pytest
 from PIL import Image
 
+from a2d_core import checkpoints as model_files
 from a2d_core import report, sampling, suites, tasks
 from a2d_core.config import OBJECTIVES, EvaluateConfig, SampleConfig, UserError
 from a2d_core.stages import evaluate
@@ -168,7 +169,7 @@ def test_the_frontier_tries_one_setting_at_a_time(output):
 def test_the_record_says_what_a_number_depends_on(output, checkpoints):
     record = read(output, "evaluation.json")
     assert record["seed"] == 1
-    assert record["weights"]["model"] == evaluate.weights(checkpoints["mdlm"])
+    assert record["weights"]["model"] == model_files.digest(checkpoints["mdlm"])
     assert {"torch", "transformers", "lm_eval", "python"} <= set(record["versions"])
     assert [part["sample"]["max_new_tokens"] for part in record["parts"]] == [128, 5]
     samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]

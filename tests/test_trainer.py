@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from families import byte_model
 
 from a2d_core import embedded, models, trainer
@@ -49,8 +50,8 @@ def run(
 ) -> tuple[models.DiffusionModel, dict[str, Any]]:
     model = byte_model(objective)
     collate = DiffusionCollator(model.objective, model.eos_token_id, fill)
-    rows = rows or text_rows()
-    metrics = trainer.fit(model, config, rows, rows[:10], collate, tmp_path, stage="pretrain", fill=fill, **options)
+    rows = rows or Dataset.from_list(text_rows())
+    metrics = trainer.fit(model, config, rows, list(rows)[:10], collate, tmp_path, stage="pretrain", fill=fill, **options)
     return model, metrics
 
 
@@ -166,7 +167,10 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("length", "message"),
-    [(1024, "max_length=1024 is beyond the model's context of 128"), (18, "max_length=18 is not a multiple.*block_size=4: use 16")],
+    [
+        (1024, "max_length=1024 needs .* the model's context is 128"),
+        (18, "max_length=18 is not a multiple.*block_size=4: use 16"),
+    ],
 )
 def test_rows_that_do_not_fit_the_model_are_refused_before_training(length: int, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -36,6 +36,11 @@ def digest(rows: Dataset) -> str:
     return hashlib.sha256(json.dumps([len(rows), rows.select(index).to_list()]).encode()).hexdigest()
 
 
+def processes(num_workers: int) -> int | None:
+    """`num_proc` of the datasets library, to which 1 is a process beside this one."""
+    return num_workers if num_workers > 1 else None
+
+
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """A name for what a tokenizer does to text: its vocabulary and rules, but not the padding that its last use has set."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from a2d_core.config import UserError, require
-from a2d_core.data.cache import fingerprint, tokenizer_key
+from a2d_core.data.cache import fingerprint, processes, tokenizer_key
 from a2d_core.data.text import numbered
 
 QUESTION, ANSWER = "@@question@@", "@@answer@@"
@@ -55,7 +55,7 @@ def conversation_rows(
     )
     limit = max_length - max_length % (block_size or 1)
     reader = _Reader(tokenizer, *_ending(tokenizer), limit, block_size is not None, supervise, too_long)
-    workers = num_workers if num_workers > 1 else None
+    workers = processes(num_workers)
     rows = dataset.map(
         reader,
         batched=True,

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, Features, Value
 
 from a2d_core.config import TrainConfig, UserError, require
-from a2d_core.data.cache import fingerprint
+from a2d_core.data.cache import fingerprint, processes
 
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 """File type -> builder of the datasets library. A .txt file is one document."""
@@ -90,7 +90,7 @@ def text_column(columns: Iterable[str], ref: str, config: TrainConfig) -> str:
 
 
 def read_documents(dataset: Dataset, ref: str, config: TrainConfig) -> Dataset:
-    """The data set's texts, in the one column `text`."""
+    """The data set's texts, in the one column `text`; raises `UserError` where it has none."""
     column = text_column(dataset.column_names, ref, config)
     kind = dataset.features[column]
     is_text = getattr(kind, "dtype", None) in ("string", "large_string")
@@ -100,7 +100,7 @@ def read_documents(dataset: Dataset, ref: str, config: TrainConfig) -> Dataset:
 
 
 def read_conversations(dataset: Dataset, ref: str, config: TrainConfig) -> Dataset:
-    """The data set's conversations, in the one column `messages`, a list of {role, content}."""
+    """The data set's conversations, in the one column `messages`, a list of {role, content}; raises `UserError` where it has none."""
     reader = _conversation_reader(dataset.column_names, ref, config)
     keys = _message_keys(dataset, reader.messages, ref) if reader.messages else ("", "")
 
@@ -116,7 +116,7 @@ def read_conversations(dataset: Dataset, ref: str, config: TrainConfig) -> Datas
     return dataset.map(
         read_all,
         batched=True,
-        num_proc=config.num_workers if config.num_workers > 1 else None,
+        num_proc=processes(config.num_workers),
         remove_columns=dataset.column_names,
         features=MESSAGES,
         new_fingerprint=fingerprint(dataset, "read", dataclasses.asdict(reader), keys),

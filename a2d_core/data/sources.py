@@ -24,10 +24,8 @@ from datasets.exceptions import DatasetsError
 
 from a2d_core import embedded
 from a2d_core.config import Source, TrainConfig, UserError, parse_sources, require
-from a2d_core.data.cache import fingerprint
-from a2d_core.data.readers import BUILDERS, Messages, Reader, known, read_conversations, read_documents, require_columns
-
-__all__ = ["Messages", "load_conversations", "load_documents"]
+from a2d_core.data.cache import fingerprint, processes
+from a2d_core.data.readers import BUILDERS, Reader, known, read_conversations, read_documents, require_columns
 
 EMBEDDED_ROWS = 50_000
 """Training conversations of `embedded:tasks`."""
@@ -54,7 +52,7 @@ def load_conversations(spec: str, config: TrainConfig, seed: int = 0) -> tuple[D
     `spec` and the held-out part are as in `load_documents`; `embedded:tasks` holds out its test words. The first of these
     is read: `prompt_field` with `response_field`; `messages_field`; what the name of a known data set says; `messages` or
     `conversations`, with keys role/content or from/value (human, gpt); the Alpaca columns instruction, input (may be
-    missing or empty) and output.
+    missing or empty) and output. Raises `UserError` as `load_documents` does, for text, and for `config.streaming`.
     """
     require(not config.streaming, f"streaming=true reads text alone, for pretrain, and '{spec}' is read for sft: leave it out")
     return _load(spec, config, seed, read_conversations)
@@ -82,7 +80,7 @@ def _load_source(source: Source, config: TrainConfig, seed: int, read: Read) -> 
 
 
 def load_embedded(source: Source, config: TrainConfig, seed: int) -> tuple[Dataset, Dataset]:
-    """The two parts of `embedded:corpus` or `embedded:tasks`."""
+    """The two parts of `embedded:corpus` or `embedded:tasks`; raises `UserError` for another name."""
     if source.ref == "embedded:corpus":
         train, held_out = embedded.corpus_split()
         return Dataset.from_dict({"text": list(train)}), Dataset.from_dict({"text": list(held_out)})
@@ -111,7 +109,10 @@ def configs_and_splits(source: Source, config: TrainConfig) -> tuple[tuple[str |
 
 
 def load_split(ref: str, name: str | None, split: str, streaming: bool = False) -> Any:
-    """One split of a Hub data set, a directory or a file: a `Dataset`, or an `IterableDataset` where `streaming`."""
+    """One split of a Hub data set, a directory or a file: a `Dataset`, or an `IterableDataset` where `streaming`.
+
+    Raises `UserError` where there is no such data set or split, or it cannot be read.
+    """
     path = Path(ref).expanduser()
     if _is_saved(path):
         dataset = load_from_disk(path)
@@ -188,7 +189,7 @@ def _filtered(pieces: list[Dataset], source: Source, config: TrainConfig) -> lis
     kept = []
     for piece in pieces:
         columns, passes = keep(source, piece.column_names)
-        name, workers = fingerprint(piece, "filter", source.filters, columns), config.num_workers if config.num_workers > 1 else None
+        name, workers = fingerprint(piece, "filter", source.filters, columns), processes(config.num_workers)
         desc = f"filtering {source.ref}"
         kept.append(piece.filter(passes, input_columns=columns, batched=True, num_proc=workers, new_fingerprint=name, desc=desc))
     if not any(map(len, kept)):

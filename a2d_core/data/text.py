@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
 from a2d_core.config import require
-from a2d_core.data.cache import fingerprint, tokenizer_key
+from a2d_core.data.cache import fingerprint, processes, tokenizer_key
 
 TOKENS = Features({"input_ids": Sequence(Value("int32"))})
 PACKED = Features({**TOKENS, "document": Sequence(Value("int32"))})
@@ -35,7 +35,7 @@ def pretraining_rows(
     tokens = documents.map(
         lambda batch: {"input_ids": tokenised(batch["text"], tokenizer, insert_eos)},
         batched=True,
-        num_proc=num_workers if num_workers > 1 else None,
+        num_proc=processes(num_workers),
         remove_columns=documents.column_names,
         features=TOKENS,
         new_fingerprint=fingerprint(documents, "tokenise", tokenizer_key(tokenizer), insert_eos),

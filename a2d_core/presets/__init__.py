@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from a2d_core.config import OBJECTIVES, Recipe, UserError, apply_overrides, build, check_objective, parse_override, require
+from a2d_core.config import OBJECTIVES, Recipe, UserError, check_objective, require
+from a2d_core.settings import apply_overrides, build, meant, parse_override
 
 HERE = Path(__file__).parent
 SUFFIXES = (".toml", ".json")
@@ -57,7 +57,10 @@ def resolve(raw: dict[str, Any], objective: str, overrides: Iterable[str] = (), 
 
 
 def flatten(raw: dict[str, Any], objective: str, overrides: Iterable[str] = (), seed: int | None = None) -> dict[str, Any]:
-    """The plain values that `resolve` makes a recipe of, before their names and types are checked."""
+    """The plain values that `resolve` makes a recipe of, before their names and types are checked.
+
+    Raises `UserError` for an unknown objective, and an override that names no stage.
+    """
     check_objective(objective)
     require("objective" not in raw, "a recipe serves both objectives: take 'objective' out of it and give --objective mdlm or bd3lm")
     values = {key: value for key, value in raw.items() if key not in OBJECTIVES}
@@ -94,9 +97,7 @@ def _locate(name_or_path: str, folder: Path) -> Path:
         path = (folder / Path(name_or_path).expanduser()).resolve()
         require(path.is_file(), f"no recipe file at '{path}': give the path of a .toml or .json file, or a preset: {', '.join(names())}")
         return path
-    near = get_close_matches(name_or_path, names(), n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(names())}, or give the path of a .toml or .json file"
-    raise UserError(f"unknown preset '{name_or_path}': {hint}")
+    raise UserError(f"unknown preset '{name_or_path}': {meant(name_or_path, names(), ', or give the path of a .toml or .json file')}")
 
 
 def _parse(path: Path) -> dict[str, Any]:

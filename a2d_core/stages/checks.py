@@ -60,7 +60,7 @@ def _made_ready(path: Path, resume: bool, overwrite: bool, inputs: tuple[str | P
 def read_spec(model_dir: str | Path) -> dict[str, Any] | None:
     """The `a2d` entry of a checkpoint directory's config.json; None where there is none.
 
-    A published checkpoint (`published`) has none and still is one: its objective is None.
+    A published checkpoint (`published`) has none and still is one: its objective is None. Raises `UserError` for a damaged file.
     """
     path = Path(model_dir) / "config.json"
     try:
@@ -99,26 +99,6 @@ def parameters(model_dir: str | Path, lora_rank: int | None = None) -> int:
     return count
 
 
-def intact(model_dir: str | Path) -> None:
-    """Raise `UserError` where a safetensors file of a model directory is not whole, or one that its index names is not there."""
-    directory = Path(model_dir)
-    index = directory / "model.safetensors.index.json"
-    try:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
-        for path in {directory / name for name in named} | set(directory.glob("*.safetensors")):
-            require(path.is_file(), f"'{directory}' is damaged: {path.name}, which {index.name} names, is not there: copy or make it again")
-            with path.open("rb") as file:
-                start = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(start)) if start <= path.stat().st_size else {}
-            size = 8 + start + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-            found = path.stat().st_size
-            require(size == found, f"'{path}' is damaged: it has {found:,} bytes where its header says {size:,}: copy or make it again")
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"'{directory}' is damaged: the header of its weights cannot be read. Copy or make it again") from None
-
-
 def newest_checkpoint(output_dir: str | Path, *, required: bool = True) -> str | None:
     """The newest whole `checkpoint-N` of an interrupted training; where there is none, None, or `UserError` if it is required."""
     damaged: list[str] = []
@@ -130,7 +110,7 @@ def newest_checkpoint(output_dir: str | Path, *, required: bool = True) -> str |
 
 @contextmanager
 def memory_advice(stage: str, config: Any) -> Iterator[None]:
-    """Turn an out-of-memory error of the body, in this process or in a worker, into one that names the fields to lower."""
+    """Raise an out-of-memory error of the body, in this process or in a worker, as a `MemoryFullError` that names the fields to lower."""
     try:
         yield
     except RuntimeError as error:

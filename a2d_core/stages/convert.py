@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from a2d_core import conversion, embedded, registry
+from a2d_core import checkpoints, conversion, embedded
 from a2d_core.config import ConvertConfig, check_objective, require
 
 
 def run(config: ConvertConfig, objective: str, output_dir: str | Path, *, seed: int = 0) -> dict[str, Any]:
     """Write a diffusion checkpoint to `output_dir`, proved before it is saved; return what it is.
 
-    `config.model` = `embedded` (or `embedded:SIZE`) trains the embedded autoregressive model first, once per machine.
+    `config.model` = `embedded` (or `embedded:SIZE`) trains the embedded autoregressive model first, once per machine. Raises
+    `UserError` where the model cannot be converted, or not for that objective.
     """
     check_objective(objective)
     require(not (objective == "bd3lm" and config.right_shift), "right_shift=true does not fit bd3lm: use objective mdlm, or leave it out")
@@ -27,5 +28,5 @@ def run(config: ConvertConfig, objective: str, output_dir: str | Path, *, seed: 
         "mask_token_id": model.spec.mask_token_id,
         "block_size": model.objective.block_size,
         "source": source,
-        "weights_sha256": registry.digest(output_dir),
+        "weights_sha256": checkpoints.digest(output_dir),
     }

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import statistics
@@ -25,11 +24,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from torch import Tensor
 
-from a2d_core import embedded, launch, models, perplexity, report, sandbox, suites, tasks
-from a2d_core.config import EvaluateConfig, SampleConfig, build, parse_override, require, to_dict
+from a2d_core import checkpoints, embedded, launch, models, perplexity, reading, registry, report, sandbox, suites, tasks
+from a2d_core.config import EvaluateConfig, SampleConfig, require
 from a2d_core.harness import DiffusionLM
 from a2d_core.models import DiffusionModel
 from a2d_core.scoring import Score
+from a2d_core.settings import build, parse_override, to_dict
 from a2d_core.stages import checks
 from a2d_core.suites import Part
 
@@ -157,7 +157,10 @@ def write(output_dir: Path, summary: Row, results: list[Row], baseline: list[Row
 
 
 def samplers(sweeps: Iterable[str], sample: SampleConfig) -> dict[str, SampleConfig]:
-    """FIELD=VALUE -> the sampler with it, for `FIELD=VALUE,VALUE...` of each sweep; what else says how many tokens are revealed is off."""
+    """FIELD=VALUE -> the sampler with it, for `FIELD=VALUE,VALUE...` of each sweep; what else says how many tokens are revealed is off.
+
+    Raises `UserError` for another field, and a value out of range.
+    """
     found = {}
     for sweep in sweeps:
         (path, _), values = parse_override(sweep), sweep.partition("=")[2].split(",")
@@ -170,12 +173,7 @@ def samplers(sweeps: Iterable[str], sample: SampleConfig) -> dict[str, SampleCon
 
 
 def score_tasks(
-    config: EvaluateConfig,
-    sample: SampleConfig,
-    model: DiffusionModel,
-    loaded: list[Any],
-    seed: int,
-    generation: dict[str, Any] | None = None,
+    config: EvaluateConfig, sample: SampleConfig, model: DiffusionModel, loaded: list[Any], seed: int, generation: Row | None = None
 ) -> Row:
     """The results of lm-eval, with every sample, as its documentation describes them; and what `run` says of failures.
 
@@ -388,25 +386,12 @@ def _surroundings(paths: dict[str, str | None], device: torch.device) -> Row:
     """What a number may depend on besides the settings: weights, versions, code, and the machine."""
     return {
         "paths": {role: None if path is None else str(Path(path).absolute()) for role, path in paths.items()},
-        "weights": {role: None if path is None else weights(path) for role, path in paths.items()},
+        "weights": {role: None if path is None else checkpoints.digest(path) for role, path in paths.items()},
         "versions": {"python": sys.version.split()[0]} | {package: version(package) for package in PACKAGES},
-        "code": _digest(sorted(Path(__file__).parents[1].rglob("*.py"))),
+        "code": registry.source_digest(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
     }
-
-
-def weights(model_dir: str | Path) -> str:
-    """The SHA-256 of a model directory's weights, configuration and tokenizer."""
-    return _digest(sorted(path for path in Path(model_dir).iterdir() if path.suffix in (".safetensors", ".json", ".jinja")))
-
-
-def _digest(files: Iterable[Path]) -> str:
-    total = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
 
 
 def _require_checkpoints(source_dir: str | Path | None, *, model: str | Path, **others: str | Path | None) -> None:
@@ -416,8 +401,8 @@ def _require_checkpoints(source_dir: str | Path | None, *, model: str | Path, **
             f"{role} '{directory}' is not a diffusion checkpoint: convert it first",
         )
     for directory in (model, source_dir, *others.values()):
-        if directory is not None:
-            checks.intact(directory)
+        if directory is not None and Path(directory).is_dir():
+            reading.check_files(Path(directory))
     if source_dir is not None:
         require((Path(source_dir) / "config.json").is_file(), f"source '{source_dir}' is not the directory of a Hugging Face model")
 

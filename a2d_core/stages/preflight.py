@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from a2d_core.config import Recipe, TrainConfig, require
+from a2d_core.config import Recipe, TrainConfig
 
 SHIPPED = {"pretrain": "embedded:corpus", "sft": "embedded:tasks", "text": "embedded:corpus", "tasks": "a2d_words"}
 """What needs no look, because it comes with the package."""
@@ -35,16 +35,12 @@ def checkpoint(recipe: Recipe, model_dir: str | Path) -> None:
     for config in (recipe.pretrain, recipe.sft):
         if config.enabled:
             trainer.check_fits(model, config)
-    length = recipe.evaluate.text_length
-    require(
-        not recipe.evaluate.enabled or recipe.evaluate.text_dataset is None or model.context is None or length <= model.context,
-        f"evaluate.text_length={length} is beyond the model's context of {model.context} positions: lower it to {model.context}",
-    )
-    require(
-        not recipe.sft.enabled or bool(model.tokenizer.chat_template),
-        f"the tokenizer of '{recipe.convert.model}' has no chat template, which sft needs: start from a model that has one, put a "
-        "chat_template.jinja into its directory, or switch the stage off with sft.enabled=false",
-    )
+    if recipe.evaluate.enabled and recipe.evaluate.text_dataset is not None:
+        length = recipe.evaluate.text_length
+        model.require_room(length, f"evaluate.text_length={length}", "lower it")
+    if recipe.sft.enabled:
+        remedy = f"sft needs one: put a chat_template.jinja into the directory of {recipe.convert.model}, start from another model, or set "
+        model.require_chat_template(remedy + "sft.enabled=false")
 
 
 def _documents(config: TrainConfig, seed: int) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import gate, registry, review, tracking
-from a2d_core.config import Recipe, UserError, require, to_dict
+from a2d_core.config import Recipe, UserError, require
+from a2d_core.settings import to_dict
 from a2d_core.stages import checks
 
 

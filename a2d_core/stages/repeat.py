@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from a2d_core.config import EvaluateConfig, SampleConfig, build, require
-from a2d_core.stages import checks, evaluate
+from a2d_core import review
+from a2d_core.config import EvaluateConfig, SampleConfig, require
+from a2d_core.settings import build
+from a2d_core.stages import evaluate
 
 Row = dict[str, Any]
 
@@ -38,25 +39,17 @@ def run(earlier: Path, output_dir: Path, *, model_dir: str | None = None) -> tup
         **{f"{role}_dir": paths[role] for role in ("baseline", "pretrained", "source")},
     )
     (theirs, ours), (before, after) = (list(map(part, (read(earlier), read(output_dir)))) for part in (_settings, _outcome))
-    return results, list(differences(theirs, ours)), list(differences(before, after))
+    return results, differences(theirs, ours), differences(before, after)
 
 
 def read(directory: Path) -> Row:
-    """The record, the results and the samples of an evaluation."""
+    """The record, the results and the samples of an evaluation; raises `UserError` where one of its files is not there."""
     files = {"record": "evaluation.json", "results": "results.json", "samples": "samples.jsonl"}
     for name in files.values():
         require((directory / name).is_file(), f"'{directory}' holds no {name}: it is no evaluation that can be repeated")
     texts = {part: (directory / name).read_text(encoding="utf-8") for part, name in files.items()}
     samples = [json.loads(line) for line in texts["samples"].splitlines()]
     return {"record": json.loads(texts["record"]), "results": json.loads(texts["results"]), "samples": samples}
-
-
-def objective(directory: Path, model_dir: str | None) -> str:
-    """What the model of an evaluation was trained for."""
-    model = model_dir or read(directory)["record"]["paths"]["model"]
-    spec = checks.read_spec(model)
-    require(spec is not None, f"the model of that evaluation, '{model}', is not there: give it with --model DIR")
-    return str((spec or {})["objective"])
 
 
 def _settings(one: Row) -> Row:
@@ -69,16 +62,9 @@ def _outcome(one: Row) -> Row:
     return {"results": {**one["results"], "tasks": tasks}, "samples": one["samples"]}
 
 
-def differences(then: Any, now: Any, where: str = "") -> Iterator[str]:
-    """In words, the places where two JSON values differ; numbers must be the same to the last bit."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in dict.fromkeys([*then, *now]):
-            yield from differences(then.get(key), now.get(key), f"{where}.{key}" if where else str(key))
-    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
-        for i, pair in enumerate(zip(then, now, strict=True)):
-            yield from differences(*pair, f"{where}[{i}]")
-    elif then != now:
-        yield f"{where}: then {_short(then)}, now {_short(now)}"
+def differences(then: Any, now: Any) -> list[str]:
+    """In words, the places where two JSON values differ."""
+    return [f"{where}: then {_short(before)}, now {_short(after)}" for where, before, after in review.differences(then, now)]
 
 
 def _short(value: Any) -> str:

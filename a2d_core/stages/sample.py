@@ -13,13 +13,11 @@ from tqdm import tqdm
 
 from a2d_core import infill as gaps
 from a2d_core import models, replay, sampling
-from a2d_core.config import SampleConfig, UserError, require, to_dict
+from a2d_core.config import NOT_THE_ANSWER, SampleConfig, UserError, require
 from a2d_core.models import DiffusionModel
+from a2d_core.settings import to_dict
 from a2d_core.stages import prompts
 from a2d_core.stages.prompts import Row
-
-NOT_THE_ANSWER = ("enabled", "prompts", "batch_size", "cuda_graph")
-"""Fields that do not change an answer."""
 
 
 def run(
@@ -144,9 +142,5 @@ def _encode(model: DiffusionModel, config: SampleConfig, row: Row, index: int) -
     except TemplateError as error:
         raise UserError(f"prompt {index + 1} does not fit the model's chat template: {error}") from None
     require(bool(tokens), f"prompt {index + 1} has no tokens")
-    need, context = len(tokens) + config.max_new_tokens, model.context
-    require(
-        context is None or need <= context,
-        f"prompt {index + 1} and its answer need {need} positions, but the model's context is {context}: lower max_new_tokens",
-    )
+    model.require_room(len(tokens) + config.max_new_tokens, f"prompt {index + 1} with its answer", "lower max_new_tokens")
     return tokens

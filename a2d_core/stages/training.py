@@ -7,8 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from a2d_core import checkpoints, launch, registry
-from a2d_core.config import TrainConfig, build, require, to_dict
+from a2d_core import checkpoints, launch
+from a2d_core.config import TrainConfig, require
+from a2d_core.settings import build, to_dict
 from a2d_core.stages import checks
 
 
@@ -46,13 +47,18 @@ def run(
     }
     with checks.memory_advice(stage, config):
         facts = launch.run("a2d_core.stages.training:work", call, processes=processes, strategy=strategy, nodes=nodes)
-    return {**facts, "weights_sha256": registry.digest(Path(output_dir, "checkpoint-final"))} if nodes.rank == 0 else facts
+    if nodes.rank > 0:
+        return facts
+    return {**facts, "weights_sha256": checkpoints.digest(Path(output_dir, "checkpoint-final"), as_sealed=True)}
 
 
 def work(
     stage: str, values: dict[str, Any], model_dir: str, output_dir: str, seed: int, resume_from: str | None, objective: str | None
 ) -> dict[str, Any]:
-    """What each process does; `prepare` of the stage's module makes the rows, and says how they are filled."""
+    """What each process does; `prepare` of the stage's module makes the rows, and says how they are filled.
+
+    Raises `UserError` where model, data and strategy do not go together.
+    """
     import torch
     from accelerate import PartialState
 

@@ -15,7 +15,7 @@ from a2d_core.config import STRATEGIES, UserError, check_strategy, require
 
 
 def file(strategy: str) -> Path:
-    """The configuration file of a strategy: one of those beside this module, or the user's own."""
+    """The configuration file of a strategy: one beside this module, or the user's own; raises `UserError` where it is not there."""
     named = check_strategy(strategy) in STRATEGIES
     path = Path(__file__).with_name(f"{strategy}.yaml") if named else Path(strategy).expanduser().absolute()
     require(path.is_file(), f"there is no accelerate configuration '{path}': give the path of one, or one of {', '.join(STRATEGIES)}")

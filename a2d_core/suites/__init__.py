@@ -15,11 +15,11 @@ import dataclasses
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from a2d_core.config import OBJECTIVES, EvaluateConfig, SampleConfig, UserError, build, check_objective, require, to_dict
+from a2d_core.config import OBJECTIVES, EvaluateConfig, SampleConfig, UserError, check_objective, require
+from a2d_core.settings import build, meant, to_dict
 
 HERE = Path(__file__).parent
 
@@ -81,9 +81,7 @@ def read(name: str, objective: str) -> Suite:
     check_objective(objective)
     path = Path(name) if name.endswith(".toml") else HERE / f"{name}.toml"
     if not path.is_file():
-        near = get_close_matches(name, names(), n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(names())}, or give the path of a .toml file"
-        raise UserError(f"unknown suite '{name}': {hint}")
+        raise UserError(f"unknown suite '{name}': {meant(name, names(), ', or give the path of a .toml file')}")
     text = path.read_text(encoding="utf-8")
     try:
         file = tomllib.loads(text)

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import lm_eval.api.task
 import lm_eval.evaluator
 import lm_eval.tasks
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
@@ -181,10 +182,9 @@ def _load(name: str, manager: TaskManager) -> list[Task | Group]:
     try:
         loaded = manager.load([name])
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        is_off = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
         remedy = (
             "the Hub is off (HF_HUB_OFFLINE is set), and the data are not in its cache: unset it once, or leave the task out"
-            if is_off
+            if HF_HUB_OFFLINE
             else "check the connection to the Hub, set HF_TOKEN where the data are gated, and install the packages it names"
         )
         raise UserError(f"task '{name}' cannot be loaded ({' '.join(str(error).split())}): {remedy}") from error
