@@ -13,11 +13,11 @@ LAYERS = [
     [
         "attention",
         "objectives",
+        "checkpoints",
         "store",
         "strategies",
         "launch",
         "presets",
-        "checkpoints",
         "follow",
         "published",
         "gate",
