@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 
-.PHONY: venv demo test check benchmark clean
+.PHONY: venv demo test test-all check benchmark clean
 
 venv: .venv/installed
 
@@ -23,6 +23,10 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+
+# All of it: also the flow killed at 20 random moments on the local datastore and on S3, which takes most of an hour.
+test-all: .venv/installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "long or not long" --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -84,7 +84,10 @@ def _failed_write(error: BaseException) -> str | None:
 def damage(checkpoint: Path, *, digests: bool = True) -> str | None:
     """What is wrong with a checkpoint, or None; without `digests` the files' sizes are compared, and not what they hold."""
     try:
-        files = {name: {"bytes": e["bytes"], "sha256": e["sha256"]} for name, e in json.loads((checkpoint / MANIFEST).read_text())["files"].items()}
+        files = {
+            name: {"bytes": e["bytes"], "sha256": e["sha256"]}
+            for name, e in json.loads((checkpoint / MANIFEST).read_text())["files"].items()
+        }
     except FileNotFoundError:
         return f"it has no {MANIFEST}, which is written last"
     except (ValueError, KeyError, TypeError, AttributeError):
