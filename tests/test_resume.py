@@ -3,6 +3,7 @@
 Without a hook in the product: `killing/sitecustomize.py` kills tasks at named points, and the tests marked `long` at random moments.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -105,10 +106,8 @@ class Place:
 
 def end(process):
     """SIGKILL to all that a run has started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -180,7 +179,7 @@ def test_killed_at_each_named_point_and_resumed_it_ends_like_a_straight_run(data
     assert_like(place, straight)
 
 
-@pytest.mark.parametrize("datastore", ["local", "s3"])
+@pytest.mark.parametrize("datastore", ["local", pytest.param("s3", marks=pytest.mark.long)])
 def test_a_step_that_dies_is_tried_again_without_a_person(datastore, straight, tmp_path, request):
     place = Place(tmp_path / "place", **environment_of(datastore, request))
     code, output = place.finish("run", **place.armed(*POINTS, everything=False))
@@ -306,13 +305,24 @@ def test_where_all_are_damaged_nothing_is_begun_anew(tmp_path):
     assert not (tmp_path / "there").exists()
 
 
-def test_a_full_disk_and_one_that_is_read_only_are_told_with_the_file(tmp_path):
-    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\nimport signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    said = as_a_task(tmp_path, limit + 'store.put_dir(made, "model")')
-    assert "the local datastore refuses to store 'made' as 'model'" in said and "File too large" in said and "a.bin" in said
-    refuse = "import errno, shutil\ndef refuse(source, target):\n    raise OSError(errno.EROFS, os.strerror(errno.EROFS), target)\nshutil.copy = refuse\n"
-    said = as_a_task(tmp_path, refuse + 'store.put_dir(made, "model")')
-    assert "refuses to store 'made' as 'model'" in said and "Read-only file system: '" in said and "a.bin" in said
+FULL = """
+import resource, signal
+resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+"""
+READ_ONLY = """
+import errno, shutil
+def refuse(source, target):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), target)
+shutil.copy = refuse
+"""
+
+
+@pytest.mark.parametrize(("disk", "why"), [(FULL, "File too large"), (READ_ONLY, "Read-only file system")])
+def test_a_disk_that_takes_no_more_is_told_with_the_file(disk, why, tmp_path):
+    said = as_a_task(tmp_path, disk + 'store.put_dir(made, "model")')
+    assert "the local datastore refuses to store 'made' as 'model' (OSError: " in said
+    assert why in said and "/a.bin'" in said and "resume the run" in said
 
 
 @pytest.fixture
