@@ -8,7 +8,7 @@ PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses=
 QUICK  := bad_input checks config data follow infill layers likelihood loss models noise objectives plan preflight presets \
           published recipes sampling scoring strategies vocabularies
 
-.PHONY: venv demo test check benchmark clean
+.PHONY: venv demo test test-all check benchmark clean
 
 venv: .venv/installed
 
@@ -28,6 +28,10 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(PYTEST)
+
+# All of it: also the flow killed at 20 random moments on the local datastore and on S3, which takes most of an hour.
+test-all: .venv/installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "long or not long" --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

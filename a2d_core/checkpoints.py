@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from a2d_core.config import UserError, require
 
+Files = dict[str, dict[str, Any]]
+"""Name of a file, relative to its directory -> its `bytes` and `sha256`."""
 MANIFEST = "manifest.json"
 MODEL_FILES = (".safetensors", ".json", ".jinja")
 """Endings of what makes a model: weights, configuration, tokenizer."""
@@ -83,22 +86,34 @@ def _failed_write(error: BaseException) -> str | None:
 def damage(checkpoint: Path, *, digests: bool = True) -> str | None:
     """What is wrong with a checkpoint, or None; without `digests` the files' sizes are compared, and not what they hold."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        sizes = {name: entry["bytes"] for name, entry in files.items()}
-        expected = {name: entry["sha256"] for name, entry in files.items()}
+        files = {
+            name: {"bytes": e["bytes"], "sha256": e["sha256"]}
+            for name, e in json.loads((checkpoint / MANIFEST).read_text())["files"].items()
+        }
     except FileNotFoundError:
         return f"it has no {MANIFEST}, which is written last"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
-    for name, size in sizes.items():
-        path = checkpoint / name
+    return difference(checkpoint, files, digests=digests)
+
+
+def survey(folder: Path) -> Files:
+    """The size and digest of each file below a directory."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest_of(path)} for path in found}
+
+
+def difference(folder: Path, files: Files, *, digests: bool = True) -> str | None:
+    """In what a directory differs from what `survey` found, or None."""
+    for name, expected in files.items():
+        path = folder / name
         try:
             found = path.stat().st_size
         except FileNotFoundError:
             return f"{name} is missing"
-        if found != size:
-            return f"{name} has {found:,} bytes instead of {size:,}"
-        if digests and _digest_of(path) != expected[name]:
+        if found != expected["bytes"]:
+            return f"{name} has {found:,} bytes instead of {expected['bytes']:,}"
+        if digests and _digest_of(path) != expected["sha256"]:
             return f"{name} is not what was written"
     return None
 
@@ -157,11 +172,9 @@ def go_on(output_dir: Path) -> str:
 
 def _seal(folder: Path) -> None:
     """Bring every file to the disk, and write down its size and digest."""
-    files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         _sync(path)
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest_of(path)}
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+    (folder / MANIFEST).write_text(json.dumps({"files": survey(folder)}, indent=1))
     for path in (folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder):
         _sync(path)
 

@@ -62,9 +62,11 @@ def register(
     tags = {**tags, "review": "pending", DIGEST_TAG: weights, CODE_TAG: code_version()}
     found = _found(client, name, tags)
     if found is None:
-        info = _log(model_dir, sample, record or {})
-        mlflow.log_metrics(finite_numbers(metrics), model_id=info.model_id)
-        found = mlflow.register_model(info.model_uri, name, tags=tags).version
+        model_id = _logged(client, weights) or _log(model_dir, sample, record or {}, weights)
+        there = {metric.key for metric in client.get_logged_model(model_id).metrics or []}
+        mlflow.log_metrics({key: value for key, value in finite_numbers(metrics).items() if key not in there}, model_id=model_id)
+        found = mlflow.register_model(f"models:/{model_id}", name, tags=tags).version
+    if client.get_model_version(name, found).tags["review"] == "pending" and _aliases(name).get("candidate", 0) < int(found):
         client.set_registered_model_alias(name, "candidate", found)
     return {"name": name, "version": int(found), "uri": f"models:/{name}/{found}"}
 
@@ -271,8 +273,18 @@ def _found(client: Any, name: str, tags: dict[str, str]) -> str | None:
     return max((v.version for v in same), key=int, default=None)
 
 
-def _log(model_dir: str | Path, sample: SampleConfig, record: dict[str, Any]) -> Any:
-    """Log the checkpoint, the code that runs it and its record as a model of the active run."""
+def _logged(client: Any, weights: str) -> str | None:
+    """The id of the model with these weights that an attempt which ended before the registration has logged to the active run."""
+    import mlflow
+
+    info = mlflow.active_run().info
+    texts = f"source_run_id = '{info.run_id}'", f"tags.`{DIGEST_TAG}` = '{weights}'"
+    found = client.search_logged_models([info.experiment_id], " AND ".join(texts))
+    return next((model.model_id for model in found if model.status == "READY"), None)
+
+
+def _log(model_dir: str | Path, sample: SampleConfig, record: dict[str, Any], weights: str) -> str:
+    """Log the checkpoint, the code that runs it and its record as a model of the active run; return its id."""
     import mlflow
     from mlflow.models.signature import ModelSignature
     from mlflow.types.schema import AnyType, ColSpec, ParamSchema, Schema
@@ -284,7 +296,7 @@ def _log(model_dir: str | Path, sample: SampleConfig, record: dict[str, Any]) ->
         warnings.filterwarnings("ignore", message=".*An input example was not provided")  # it would be run, on whatever machine this is
         written = Path(room, RECORD)
         written.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
-        return mlflow.pyfunc.log_model(
+        info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(package / "pyfunc_model.py"),
             artifacts={"checkpoint": str(model_dir), "review": str(written)},
@@ -292,7 +304,9 @@ def _log(model_dir: str | Path, sample: SampleConfig, record: dict[str, Any]) ->
             model_config={"sample": to_dict(sample)},
             pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIREMENTS],
             signature=ModelSignature(Schema([prompt]), Schema([ColSpec("string")]), ParamSchema(params)),
+            tags={DIGEST_TAG: weights},
         )
+    return str(info.model_id)
 
 
 def _parameter(name: str, default: Any) -> Any:

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ QUIET = {
     "GIT_PYTHON_REFRESH": "quiet",  # MLflow looks for git, and warns at length where there is none
 }
 NOT_METRICS = {"step", "max_steps", "total_flos"}
+MEASURED = ("seconds", "per_second", "memory_mb")
+"""How the names of numbers end that no two attempts measure alike."""
+RUN_TAG = "metaflow.run"
 
 
 def quiet() -> None:
@@ -83,15 +86,21 @@ def checkpoint_of(uri: str, config: TrackingConfig | None = None) -> str:
         raise UserError(f"{uri} is no checkpoint that was registered here, at {place} ({cause(error)})") from error
 
 
-def start_parent(recipe: Recipe, *, name: str, tags: dict[str, str] | None = None) -> str:
-    """Make the run that stands for one run of the pipeline, with the resolved recipe as an artifact; return its id."""
+def start_parent(recipe: Recipe, *, name: str, run: str | None = None, begun: Iterable[str] = ()) -> str:
+    """Make the MLflow run that stands for one run of the pipeline, with the resolved recipe as an artifact; return its id.
+
+    `run` is the pipeline's own name of it. Where one of the runs in `begun`, an attempt at the same that was killed, has left
+    an MLflow run, that one is taken up.
+    """
     import mlflow
 
     client = mlflow.MlflowClient()
+    experiment = _experiment(client, recipe.tracking.experiment)
+    searches = (client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{one}'", max_results=1) for one in begun)
+    found = next((found[0] for found in searches if found), None)
+    run_id = (found or client.create_run(experiment, run_name=name, tags={RUN_TAG: run} if run else {})).info.run_id
     params = {"preset": recipe.name, "objective": recipe.objective, "seed": recipe.seed}
-    run_id = client.create_run(_experiment(client, recipe.tracking.experiment), run_name=name, tags=tags or {}).info.run_id
-    for key, value in {**params, "model": recipe.convert.model, "block_size": recipe.convert.block_size}.items():
-        client.log_param(run_id, key, value)
+    _log_params(client, run_id, {**params, "model": recipe.convert.model, "block_size": recipe.convert.block_size})
     client.log_dict(run_id, to_dict(recipe), "recipe.json")
     return run_id
 
@@ -132,17 +141,23 @@ def finish(parent_id: str, status: str = "FINISHED") -> None:
 def log_numbers(numbers: dict[str, Any], *, summary: dict[str, Any] | None = None) -> None:
     """Log a stage's final numbers to its active run, and those of `summary` to the parent, where runs are compared.
 
-    Left out are what is no finite number, what stands there already, and what the run has a curve of.
+    Left out are what is no finite number, what stands there already, and what the run has a curve of. A result that has changed,
+    as where a stage is run again with other code, gets the next step; what an attempt measured of itself stays.
     """
     import mlflow
 
     client, active = mlflow.MlflowClient(), mlflow.active_run()
     assert active is not None, "log_numbers is called inside stage_run"
     for run_id, values in ((active.info.run_id, numbers), (active.data.tags["mlflow.parentRunId"], summary or {})):
-        there = client.get_run(run_id).data.metrics
-        new = [metric for metric in _metrics({"step": 0, **values}) if there.get(metric.key) != metric.value]
-        curves = {m.key for m in new if m.key in there and client.get_metric_history(run_id, m.key)[-1].step > 0}
-        client.log_batch(run_id, metrics=[metric for metric in new if metric.key not in curves])
+        there, new = client.get_run(run_id).data.metrics, []
+        for metric in _metrics({"step": 0, **values}):
+            if metric.key not in there:
+                new.append(metric)
+            elif there[metric.key] != metric.value and not metric.key.endswith(MEASURED):
+                steps = [row.step for row in client.get_metric_history(run_id, metric.key)]
+                if 0 in steps:  # no curve
+                    new += _metrics({"step": max(steps) + 1, metric.key: metric.value})
+        client.log_batch(run_id, metrics=new)
 
 
 def log_samples(samples: list[dict[str, Any]]) -> None:
@@ -278,16 +293,20 @@ def _metrics(row: Row) -> list[Any]:
 
 def _child(client: Any, parent_id: str, stage: str, params: dict[str, Any]) -> str:
     """The id of the parent's run for a stage, which is made where it is missing."""
-    from mlflow.entities import Param
-
     experiment = client.get_run(parent_id).info.experiment_id
     tags = {"mlflow.parentRunId": parent_id, "a2d.stage": stage}
     found = client.search_runs([experiment], " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items()), max_results=1)
-    if found:
-        return found[0].info.run_id
-    run_id = client.create_run(experiment, run_name=stage, tags=tags).info.run_id
-    client.log_batch(run_id, params=[Param(name, str(value)[:6000]) for name, value in params.items()])
+    run_id = (found[0] if found else client.create_run(experiment, run_name=stage, tags=tags)).info.run_id
+    _log_params(client, run_id, params)
     return run_id
+
+
+def _log_params(client: Any, run_id: str, params: dict[str, Any]) -> None:
+    """Log the parameters that the run lacks: those of an attempt that was killed may have come in part."""
+    from mlflow.entities import Param
+
+    there = client.get_run(run_id).data.params
+    client.log_batch(run_id, params=[Param(name, str(value)[:6000]) for name, value in params.items() if name not in there])
 
 
 def _experiment(client: Any, name: str) -> str:

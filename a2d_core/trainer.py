@@ -333,6 +333,8 @@ class DiffusionTrainer(Trainer):
         """Load the weights and the history of a checkpoint at which training was complete."""
         self.model.to(self.args.device)  # where it would be shared out, it is still on the CPU
         self._load_from_checkpoint(str(checkpoint))
+        if not self.is_fsdp_enabled:
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)  # with the autocast in which it was trained and scored
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self.callback_handler.on_train_begin(self.args, self.state, self.control)
 

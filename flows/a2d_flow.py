@@ -83,8 +83,9 @@ class A2DFlow(FlowSpec):
         tracking.check_server(self.tracking_uri)
         preflight.inputs(recipe)
         self.recipe = to_dict(recipe)
-        name = f"{recipe.name}-{recipe.objective}-{current.run_id}"
-        self.mlflow_run = tracking.start_parent(recipe, name=name, tags={"metaflow.run": f"{current.flow_name}/{current.run_id}"})
+        run = f"{current.flow_name}/{current.run_id}"
+        begun = [*([run] if current.retry_count else []), *store.unfinished(current.origin_run_id)]
+        self.mlflow_run = tracking.start_parent(recipe, name=f"{recipe.name}-{recipe.objective}-{current.run_id}", run=run, begun=begun)
         print(f"{recipe.name}, {recipe.objective}, seed {recipe.seed}; MLflow run {self.mlflow_run} at {self.tracking_uri}")
         self.next(self.convert)
 
@@ -224,6 +225,8 @@ class A2DFlow(FlowSpec):
             tempfile.TemporaryDirectory(prefix=f"a2d-{name}-") as room,
             checks.memory_advice(name, config),
         ):
+            store.delete(getattr(self, "spent", []))  # only here: until a training step has ended, a retry goes on from them
+            self.spent: list[store.Reference] = []
             yield recipe, Path(room), run_id
         gc.freeze()  # the process ends now: to take apart all that it has loaded would cost more than a second
 
@@ -243,12 +246,14 @@ class A2DFlow(FlowSpec):
             if not self._is_on(config, name):
                 return
 
+            lineage = self.model["key"]  # a checkpoint that began at other weights, as before `resume pretrain`, is not gone on from
+
             def keep(number: int, checkpoint: Path) -> None:
-                store.put_dir(checkpoint, "training", step=number)
+                store.put_dir(checkpoint, "training", step=number, lineage=lineage)
                 store.prune("training", keep=config.keep_checkpoints)
 
-            saved = store.latest("training")
-            resume_from = str(store.get_dir(saved, room / f"checkpoint-{saved['metadata']['step']}")) if saved else None
+            saved = store.get_latest("training", room / "checkpoint", lineage=lineage)
+            resume_from = str((room / "checkpoint").rename(room / f"checkpoint-{saved['metadata']['step']}")) if saved else None
             print(f"{name} goes on from step {saved['metadata']['step']}" if saved else f"{name} starts at step 0")
             with follow.Follower(room / "output", log=tracking.MetricLog(run_id), on_rows=live.update, on_checkpoint=keep):
                 numbers = run(
@@ -263,7 +268,7 @@ class A2DFlow(FlowSpec):
             tracking.log_numbers(numbers, summary={f"{name}/{key}": value for key, value in numbers.items()})
             self.numbers = {**self.numbers, name: numbers}
             self.model = store.put_dir(room / "output" / "checkpoint-final", "model")
-            store.prune("training", keep=0)  # there is nothing to go on from any more
+            self.spent = [saved for saved in store.stored("training") if saved["pathspec"] == current.pathspec]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     config settings noise loss
-    attention objectives store strategies launch presets checkpoints follow published gate review suites sandbox_child sandbox
+    attention objectives checkpoints store strategies launch presets follow published gate review suites sandbox_child sandbox
     reading lora models conversion embedded data tracking tasks
     likelihood cache policies sampling infill watch replay scoring
     guard trainer harness pyfunc_model registry chat terminal report perplexity

@@ -39,13 +39,15 @@ class Stored(FlowSpec):
     @retry(times=1, minutes_between_retries=0)
     @step
     def work(self):
-        found = store.latest("training")
+        found = store.get_latest("training", "restored", base="first")
         begun = found["metadata"]["number"] if found else 0
-        told(begun=begun, text=(store.get_dir(found, "restored") / "deep" / "file.txt").read_text() if found else None)
+        told(begun=begun, text=(Path("restored") / "deep" / "file.txt").read_text() if found else None)
         for number in range(begun + 1, begun + 4):
-            store.put_dir(directory(f"training {number}"), "training", number=number)
-        pruned = store.prune("training", keep=2)
-        told(pruned=pruned)
+            store.put_dir(directory(f"training {number}"), "training", number=number, base="first")
+        store.put_dir(directory("other"), "training", number=99, base="second")
+        had = len(store.stored("training"))
+        store.prune("training", keep=3)
+        told(pruned=had - len(store.stored("training")))
         if Path("dies").exists():
             raise RuntimeError("as planned")
         self.next(self.end)
@@ -115,12 +117,16 @@ def test_a_resumed_run_goes_on_from_the_latest_directory_of_the_run_that_it_resu
     assert begun(runs["ended"]) == [12]
 
 
+def test_what_began_at_another_base_is_not_gone_on_from(runs):
+    assert 99 not in begun(runs["died"])
+
+
 def test_a_step_that_had_succeeded_starts_afresh(runs):
     assert begun(runs["afresh"]) == [0]
 
 
 def test_prune_keeps_the_newest_of_all_attempts(runs):
-    assert [row["pruned"] for row in runs["died"] if "pruned" in row] == [1, 3]
+    assert [row["pruned"] for row in runs["died"] if "pruned" in row] == [1, 4]
 
 
 def test_a_name_with_a_separator_is_refused(tmp_path):

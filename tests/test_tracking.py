@@ -32,7 +32,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def parent(server):
-    return tracking.start_parent(presets.resolve(presets.read("smoke"), "bd3lm"), name="run", tags={"metaflow.run": "A2DFlow/1"})
+    return tracking.start_parent(presets.resolve(presets.read("smoke"), "bd3lm"), name="run", run="A2DFlow/1")
 
 
 @pytest.fixture
@@ -148,6 +148,25 @@ def test_final_numbers_go_to_the_stage_and_its_parent_and_leave_curves_alone(par
     assert history(client, run_id, "eval_nelbo") == [(7, 2.0)]
     assert history(client, run_id, "steps") == [(0, 7.0)]
     assert history(client, parent, "sft/eval_nelbo") == [(0, 1.9)]
+
+
+def test_numbers_that_an_attempt_has_logged_are_not_logged_again_and_changed_results_get_a_step(parent, client):
+    for seconds, loss in ((1.0, 2.0), (1.5, 2.0), (1.2, 1.9)):  # killed after it had logged, then run again with other code
+        with tracking.stage_run(parent, "evaluate") as run_id:
+            tracking.log_numbers({"seconds": seconds, "loss": loss}, summary={"loss": loss})
+    assert history(client, run_id, "seconds") == [(0, 1.0)]
+    assert history(client, run_id, "loss") == history(client, parent, "loss") == [(0, 2.0), (1, 1.9)]
+
+
+def test_a_run_that_was_begun_is_taken_up_with_the_parameters_that_it_lacks(server, client):
+    recipe = presets.resolve(presets.read("smoke"), "bd3lm")
+    mlflow.set_experiment(recipe.tracking.experiment)
+    with mlflow.start_run(tags={"metaflow.run": "A2DFlow/killed"}) as killed:
+        mlflow.log_param("preset", "smoke")
+    for begun in (["A2DFlow/resumed", "A2DFlow/killed"], []):
+        taken = tracking.start_parent(recipe, name="run", run="A2DFlow/resumed", begun=begun)
+        assert (taken == killed.info.run_id) == bool(begun)
+        assert client.get_run(taken).data.params["objective"] == "bd3lm"
 
 
 def test_samples_are_a_table_that_a_second_attempt_replaces(parent, client):

@@ -7,7 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -105,10 +105,15 @@ def test_grouping_by_length_pads_less_and_keeps_every_row() -> None:
     assert padding(orders[0]) < padding(list(range(96))) / 2
 
 
-def test_a_run_that_was_complete_is_not_trained_further(tmp_path: Path) -> None:
-    straight, _ = run(tmp_path / "a")
-    again, metrics = run(tmp_path / "b", resume_from=str(tmp_path / "a" / "checkpoint-4"))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_run_that_was_complete_is_not_trained_further_and_scores_the_same(
+    precision: Literal["float32", "bfloat16"], tmp_path: Path
+) -> None:
+    config = replace(CONFIG, precision=precision)
+    straight, scored = run(tmp_path / "a", config)
+    again, metrics = run(tmp_path / "b", config, resume_from=str(tmp_path / "a" / "checkpoint-4"))
     assert distance(straight, again) == 0 and metrics["steps"] == 4
+    assert metrics["eval_nelbo"] == scored["eval_nelbo"]
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
