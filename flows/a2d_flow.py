@@ -83,6 +83,7 @@ class A2DFlow(FlowSpec):
         preflight.inputs(recipe)
         self.recipe = to_dict(recipe)
         name = f"{recipe.name}-{recipe.objective}-{current.run_id}"
+        self.owed: dict[str, tracking.Owed] = {}
         self.mlflow_run = tracking.start_parent(recipe, name=name, tags={"metaflow.run": f"{current.flow_name}/{current.run_id}"})
         print(f"{recipe.name}, {recipe.objective}, seed {recipe.seed}; MLflow run {self.mlflow_run} at {self.tracking_uri}")
         self.next(self.convert)
@@ -217,7 +218,9 @@ class A2DFlow(FlowSpec):
 
         recipe = build(Recipe, self.recipe)
         config = getattr(recipe, name)
-        tracking.check_server(self.tracking_uri)
+        tracking.check_server(self.tracking_uri, patience=30)
+        tracking.settle(self.mlflow_run, self.owed)
+        self.owed = {}
         with (
             tracking.stage_run(self.mlflow_run, name, params=to_dict(config), tags={"metaflow.task": current.pathspec}) as run_id,
             tempfile.TemporaryDirectory(prefix=f"a2d-{name}-") as room,
@@ -249,7 +252,8 @@ class A2DFlow(FlowSpec):
             saved = store.latest("training")
             resume_from = str(store.get_dir(saved, room / f"checkpoint-{saved['metadata']['step']}")) if saved else None
             print(f"{name} goes on from step {saved['metadata']['step']}" if saved else f"{name} starts at step 0")
-            with follow.Follower(room / "output", log=tracking.MetricLog(run_id), on_rows=live.update, on_checkpoint=keep):
+            follower = follow.Follower(room / "output", log=tracking.MetricLog(run_id), on_rows=live.update, on_checkpoint=keep)
+            with follower:
                 numbers = run(
                     config,
                     store.get_dir(self.model, room / "model"),
@@ -259,7 +263,9 @@ class A2DFlow(FlowSpec):
                     strategy=recipe.compute.train.strategy,
                     resume_from=resume_from,
                 )
-            tracking.log_numbers(numbers, summary={f"{name}/{key}": value for key, value in numbers.items()})
+            if why := tracking.refusal(name, numbers, follower.refused):
+                self.owed = {name: {"rows": follower.rows, "numbers": numbers}}
+                print(f"{name} is done, but MLflow does not take its metrics ({why}): they are kept with this step, and the next one sends them")
             self.numbers = {**self.numbers, name: numbers}
             self.model = store.put_dir(room / "output" / "checkpoint-final", "model")
             store.prune("training", keep=0)  # there is nothing to go on from any more

@@ -1,0 +1,174 @@
+"""MLflow that goes away while a model is trained: a real server, killed and frozen. The training goes on, and no number is lost or twice."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
+
+import mlflow
+import pytest
+import torch
+from families import byte_model
+
+from a2d_core import presets, tracking, trainer
+from a2d_core.config import TrainConfig, UserError
+from a2d_core.data import DiffusionCollator
+from a2d_core.follow import Follower
+
+STEPS = 30
+CONFIG = TrainConfig(
+    max_length=16, max_steps=STEPS, batch_size=2, precision="float32", eval_every=10, save_every=100, log_every=1, num_workers=1
+)  # fmt: skip
+
+
+class Server:
+    """`mlflow server` on sqlite and a port of its own, which is the same after each start."""
+
+    def __init__(self, folder):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.folder, self.uri, self.process = folder, f"http://127.0.0.1:{self.port}", None
+
+    def start(self):
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts"), "--host", "127.0.0.1", "--port", str(self.port)]
+        with (self.folder / "server.log").open("a") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+            )
+
+    def wait(self):
+        deadline = time.monotonic() + 120
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
+                return
+            assert self.process.poll() is None and time.monotonic() < deadline, (self.folder / "server.log").read_text()
+            time.sleep(0.2)
+
+    def send(self, number):
+        """A signal to the server and its workers: SIGKILL, or SIGSTOP, after which it accepts connections and answers none."""
+        os.killpg(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def the_server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    with suppress(ProcessLookupError):
+        server.send(signal.SIGKILL)
+
+
+@pytest.fixture
+def server(the_server):
+    """The server, answering."""
+    if the_server.process.poll() is not None:
+        the_server.start()
+    with suppress(ProcessLookupError):
+        the_server.send(signal.SIGCONT)
+    the_server.wait()
+    tracking.check_server(the_server.uri)
+    return the_server
+
+
+@pytest.fixture
+def parent(server):
+    return tracking.start_parent(presets.resolve(presets.read("smoke"), "bd3lm"), name="run")
+
+
+def train(folder, run_id, events, patience=60.0):
+    """A training of `STEPS` steps whose numbers go to the run; `events` are step -> what happens when its rows are drawn."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": torch.randint(97, 122, (16,), generator=generator).tolist(), "row": i} for i in range(2 * STEPS)]
+    model = byte_model()
+    collate, drawn = DiffusionCollator(model.objective, model.eos_token_id), [0]
+    follower = Follower(folder, log=tracking.MetricLog(run_id), interval=0.05, patience=patience)
+
+    def draw(batch):
+        drawn[0] += 1
+        events.get(drawn[0], lambda _: None)(follower)
+        return collate(batch)
+
+    with follower:
+        numbers = trainer.fit(model, CONFIG, rows, rows[:2], draw, folder, stage="pretrain")
+    assert numbers["steps"] == STEPS
+    return follower, numbers
+
+
+def until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def sent(client, run_id, name="loss"):
+    return [metric.step for metric in client.get_metric_history(run_id, name)]
+
+
+def everything_once(run_id, folder):
+    """Whether the run has every number of the training's own file, once."""
+    client = mlflow.MlflowClient()
+    written = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in written if "loss" in row] == list(range(1, STEPS + 1))
+    for name in {name for row in written for name in tracking.finite_numbers(row)}:
+        history = [(metric.step, metric.value) for metric in client.get_metric_history(run_id, name)]
+        assert sorted(history) == sorted({(row["step"], row[name]) for row in written if name in row}), name
+    return True
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_a_server_that_returns_gets_what_it_missed_and_nothing_twice(blow, server, parent, tmp_path, capsys):
+    client = mlflow.MlflowClient()
+
+    def away(follower):
+        until(lambda: sent(client, run_id))  # it has begun, so that it is cut off in the middle
+        server.send(blow)
+
+    def noticed(follower):
+        until(lambda: follower.refused)
+
+    def back(follower):
+        server.start() if blow == signal.SIGKILL else server.send(signal.SIGCONT)
+
+    with tracking.stage_run(parent, "pretrain") as run_id:
+        follower, numbers = train(tmp_path, run_id, {8: away, 16: noticed, 24: back})
+        assert tracking.refusal("pretrain", numbers, follower.refused) is None
+    assert everything_once(run_id, tmp_path)
+    told = capsys.readouterr().err
+    assert "MLflow does not take metrics" in told
+    assert "MLflow answers again" in told
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_what_a_server_that_stays_away_lacks_is_kept_and_sent_by_a_later_step(blow, server, parent, tmp_path, capsys):
+    client = mlflow.MlflowClient()
+
+    def away(follower):
+        until(lambda: sent(client, run_id))
+        server.send(blow)
+
+    with tracking.stage_run(parent, "pretrain") as run_id:
+        follower, numbers = train(tmp_path, run_id, {8: away}, patience=0.0)
+        assert tracking.refusal("pretrain", numbers, follower.refused)
+    assert "MLflow could not be told that pretrain is done" in capsys.readouterr().out
+    with pytest.raises(UserError, match="MLflow does not answer"):
+        tracking.check_server(server.uri)
+    server.start() if blow == signal.SIGKILL else server.send(signal.SIGCONT)
+    tracking.check_server(server.uri, patience=120)
+    assert len(sent(client, run_id)) < STEPS or blow == signal.SIGSTOP  # what it had read before it froze, it takes
+    owed = json.loads(json.dumps({"pretrain": {"rows": follower.rows, "numbers": numbers}}))
+    for _ in range(2):  # a later step that fails after it is sent again by the next
+        tracking.settle(parent, owed)
+        assert everything_once(run_id, tmp_path)
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert client.get_run(parent).data.metrics["pretrain/steps"] == STEPS
