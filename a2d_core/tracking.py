@@ -28,7 +28,7 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "GIT_PYTHON_REFRESH": "quiet",  # MLflow looks for git, and warns at length where there is none
 }
-NOT_METRICS = {"step", "max_steps", "total_flos"}
+NOT_METRICS = {"step", "max_steps", "total_flos", "seconds_left"}
 
 
 def quiet() -> None:

@@ -7,8 +7,10 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from compute import Compute, check_compute, read_preset  # noqa: E402
 from metaflow import Config, FlowSpec, Parameter, card, current, step  # noqa: E402
 from metaflow._vendor import click  # noqa: E402
 
-from a2d_core import follow, launch, presets, store, tracking  # noqa: E402
+from a2d_core import checkpoints, follow, launch, presets, store, tracking  # noqa: E402
 from a2d_core.config import OBJECTIVES, Recipe, build, require, to_dict  # noqa: E402
 
 tracking.quiet()
@@ -84,6 +86,7 @@ class A2DFlow(FlowSpec):
         self.recipe = to_dict(recipe)
         name = f"{recipe.name}-{recipe.objective}-{current.run_id}"
         self.owed: dict[str, tracking.Owed] = {}
+        self.best: dict[str, store.Reference] = {}
         self.mlflow_run = tracking.start_parent(recipe, name=name, tags={"metaflow.run": f"{current.flow_name}/{current.run_id}"})
         print(f"{recipe.name}, {recipe.objective}, seed {recipe.seed}; MLflow run {self.mlflow_run} at {self.tracking_uri}")
         self.next(self.convert)
@@ -217,7 +220,7 @@ class A2DFlow(FlowSpec):
         from a2d_core.stages import checks
 
         recipe = build(Recipe, self.recipe)
-        config = getattr(recipe, name)
+        config, begun = getattr(recipe, name), time.monotonic()
         tracking.check_server(self.tracking_uri, patience=30)
         tracking.settle(self.mlflow_run, self.owed)
         self.owed = {}
@@ -227,6 +230,7 @@ class A2DFlow(FlowSpec):
             checks.memory_advice(name, config),
         ):
             yield recipe, Path(room), run_id
+        print(f"{name} took {timedelta(seconds=round(time.monotonic() - begun))}")
         gc.freeze()  # the process ends now: to take apart all that it has loaded would cost more than a second
 
     def _is_on(self, config: Any, name: str) -> bool:
@@ -268,6 +272,10 @@ class A2DFlow(FlowSpec):
                 print(f"{name} is done, but MLflow does not take its metrics ({why}): they are kept with this step, and the next one sends them")
             self.numbers = {**self.numbers, name: numbers}
             self.model = store.put_dir(room / "output" / "checkpoint-final", "model")
+            best = checkpoints.best(room / "output", follower.rows)
+            if best and best.name != f"checkpoint-{numbers['steps']}":
+                self.best = {**self.best, name: store.put_dir(best, "best", step=int(best.name.removeprefix("checkpoint-")))}
+                print(f"the held-out NELBO was lower before the end: {best.name} is kept beside the final model, in the artifact `best`")
             store.prune("training", keep=0)  # there is nothing to go on from any more
 
 

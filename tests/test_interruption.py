@@ -117,7 +117,7 @@ def at(point: str, time: int, act: Callable[[], None]) -> None:
     elif point == "before the new name":
         around(checkpoints, "_move", before=True)
     else:
-        around(checkpoints, "keep_newest", before=True)
+        around(checkpoints, "prune", before=True)
 
 
 def in_fork(work: Callable[[], Any]) -> int:

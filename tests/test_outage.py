@@ -22,7 +22,7 @@ from a2d_core.follow import Follower
 
 STEPS = 30
 CONFIG = TrainConfig(
-    max_length=16, max_steps=STEPS, batch_size=2, precision="float32", eval_every=10, save_every=100, log_every=1, num_workers=1
+    max_length=16, max_steps=STEPS, batch_size=2, precision="float32", eval_every=10, save_every=100, log_every=1,
 )  # fmt: skip
 
 
