@@ -269,9 +269,7 @@ class A2DFlow(FlowSpec):
                 )
             if why := tracking.refusal(name, numbers, follower.refused):
                 self.owed = {name: {"rows": follower.rows, "numbers": numbers}}
-                print(
-                    f"{name} is done, but MLflow does not take its metrics ({why}): they are kept with this step, and the next one sends them"
-                )
+                print(f"{name} is done, but MLflow does not take its metrics ({why}): they stay with this step, and the next sends them")
             self.numbers = {**self.numbers, name: numbers}
             self.model = store.put_dir(room / "output" / "checkpoint-final", "model")
             best = checkpoints.best(room / "output", follower.rows)

@@ -1,14 +1,16 @@
-"""MLflow that goes away while a model is trained: a real server, killed and frozen. The training goes on, and no number is lost or twice."""
+"""MLflow that goes away while a model is trained: a real server, killed and frozen. Training goes on; no number is lost or twice."""
 
 import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from contextlib import suppress
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -20,6 +22,7 @@ from a2d_core.config import TrainConfig, UserError
 from a2d_core.data import DiffusionCollator
 from a2d_core.follow import Follower
 
+FLOW = str(Path(__file__).resolve().parents[1] / "flows" / "a2d_flow.py")
 STEPS = 30
 CONFIG = TrainConfig(
     max_length=16, max_steps=STEPS, batch_size=2, precision="float32", eval_every=10, save_every=100, log_every=1,
@@ -172,3 +175,41 @@ def test_what_a_server_that_stays_away_lacks_is_kept_and_sent_by_a_later_step(bl
         assert everything_once(run_id, tmp_path)
     assert client.get_run(run_id).info.status == "FINISHED"
     assert client.get_run(parent).data.metrics["pretrain/steps"] == STEPS
+
+
+def flow(folder, server, *arguments):
+    """The flow as a person runs it, with the server as its MLflow."""
+    env = {name: value for name, value in os.environ.items() if name != "METAFLOW_USER"}
+    env |= {"OMP_NUM_THREADS": "1", "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(folder), "MLFLOW_TRACKING_URI": server.uri}
+    with (folder / "flow.log").open("w") as log:
+        return subprocess.Popen([sys.executable, FLOW, *arguments], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_a_run_whose_server_stays_away_ends_after_its_training_and_resume_sends_what_was_missing(blow, server, tmp_path):
+    def query(text):
+        with sqlite3.connect(f"file:{server.folder}/mlflow.db?mode=ro", uri=True) as database:
+            return database.execute(text).fetchall()
+
+    steps = 200
+    changes = f"tracking.experiment={blow.name} sft.max_steps={steps} sft.log_every=1 sft.eval_every=0.1 sft.save_every=0.1"
+    mine = f"from metrics join runs using (run_uuid) join experiments using (experiment_id) where experiments.name = '{blow.name}'"
+    first = flow(tmp_path, server, "--config-value", "preset", "smoke", "run", "--run-id-file", "first", "--overrides", changes)
+    until(lambda: query(f"select 1 {mine} and runs.name = 'sft' and key = 'loss'") or first.poll() is not None)
+    server.send(blow)
+    assert first.wait(timeout=400) != 0
+    told = (tmp_path / "flow.log").read_text()
+    for words in ("sft is done, but MLflow does not take its metrics", "/sample/", f"MLflow does not answer at {server.uri}"):
+        assert words in told, told
+    server.start() if blow == signal.SIGKILL else server.send(signal.SIGCONT)
+    server.wait()
+    again = flow(tmp_path, server, "resume", "--origin-run-id", (tmp_path / "first").read_text())
+    assert again.wait(timeout=400) == 0, (tmp_path / "flow.log").read_text()
+    assert "sft starts at step 0" not in (tmp_path / "flow.log").read_text()
+    assert query(f"select key, step, count(*) {mine} group by run_uuid, key, step having count(*) > 1") == []
+    logged = query(f"select step {mine} and runs.name = 'sft' and key = 'loss' order by step")
+    assert [step for (step,) in logged] == list(range(1, steps + 1))
+    assert len(query(f"select step {mine} and runs.name = 'sft' and key = 'eval_nelbo'")) == 10
+    statuses = query(f"select status from runs join experiments using (experiment_id) where experiments.name = '{blow.name}'")
+    assert set(statuses) == {("FINISHED",)}
