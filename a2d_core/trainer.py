@@ -440,7 +440,7 @@ class MetricsFile(TrainerCallback):
         if "loss" in row:
             elapsed, left = (timedelta(seconds=round(s)) for s in (seconds, row["seconds_left"]))
             line += f"{row['step'] / row['max_steps']:4.0%}  loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s  "
-            line += f"{elapsed} passed, {left} left"
+            line += f"{elapsed} elapsed, {left} left"
         elif "eval_nelbo" in row:
             line += f"held-out NELBO {row['eval_nelbo']:.4f} ± {row['eval_nelbo_stderr']:.4f} nats per token"
         else:

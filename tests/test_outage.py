@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlflow
@@ -106,8 +106,8 @@ def train(folder, run_id, events, patience=60.0):
     return follower, numbers
 
 
-def until(condition):
-    deadline = time.monotonic() + 120
+def until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
@@ -177,12 +177,20 @@ def test_what_a_server_that_stays_away_lacks_is_kept_and_sent_by_a_later_step(bl
     assert client.get_run(parent).data.metrics["pretrain/steps"] == STEPS
 
 
+@contextmanager
 def flow(folder, server, *arguments):
     """The flow as a person runs it, with the server as its MLflow."""
     env = {name: value for name, value in os.environ.items() if name != "METAFLOW_USER"}
     env |= {"OMP_NUM_THREADS": "1", "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(folder), "MLFLOW_TRACKING_URI": server.uri}
     with (folder / "flow.log").open("w") as log:
-        return subprocess.Popen([sys.executable, FLOW, *arguments], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, FLOW, *arguments], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.long
@@ -195,17 +203,17 @@ def test_a_run_whose_server_stays_away_ends_after_its_training_and_resume_sends_
     steps = 200
     changes = f"tracking.experiment={blow.name} sft.max_steps={steps} sft.log_every=1 sft.eval_every=0.1 sft.save_every=0.1"
     mine = f"from metrics join runs using (run_uuid) join experiments using (experiment_id) where experiments.name = '{blow.name}'"
-    first = flow(tmp_path, server, "--config-value", "preset", "smoke", "run", "--run-id-file", "first", "--overrides", changes)
-    until(lambda: query(f"select 1 {mine} and runs.name = 'sft' and key = 'loss'") or first.poll() is not None)
-    server.send(blow)
-    assert first.wait(timeout=400) != 0
+    with flow(tmp_path, server, "--config-value", "preset", "smoke", "run", "--run-id-file", "first", "--overrides", changes) as first:
+        until(lambda: query(f"select 1 {mine} and runs.name = 'sft' and key = 'loss'") or first.poll() is not None, seconds=400)
+        server.send(blow)
+        assert first.wait(timeout=400) != 0
     told = (tmp_path / "flow.log").read_text()
     for words in ("sft is done, but MLflow does not take its metrics", "/sample/", f"MLflow does not answer at {server.uri}"):
         assert words in told, told
     server.start() if blow == signal.SIGKILL else server.send(signal.SIGCONT)
     server.wait()
-    again = flow(tmp_path, server, "resume", "--origin-run-id", (tmp_path / "first").read_text())
-    assert again.wait(timeout=400) == 0, (tmp_path / "flow.log").read_text()
+    with flow(tmp_path, server, "resume", "--origin-run-id", (tmp_path / "first").read_text()) as again:
+        assert again.wait(timeout=400) == 0, (tmp_path / "flow.log").read_text()
     assert "sft starts at step 0" not in (tmp_path / "flow.log").read_text()
     assert query(f"select key, step, count(*) {mine} group by run_uuid, key, step having count(*) > 1") == []
     logged = query(f"select step {mine} and runs.name = 'sft' and key = 'loss' order by step")
