@@ -54,8 +54,9 @@ class A2DFlow(FlowSpec):
     8. end: export the model, and say where to look.
 
     Between the steps, artifacts hold numbers and references; the directories lie in the datastore.
-    Training is followed live on a card and in MLflow. A run that fails is continued by `resume`:
-    in the same MLflow run, and from the last training checkpoint.
+    Training is followed live on a card and in MLflow; where MLflow goes away meanwhile, the next step
+    sends it what it lacks. A run that fails is continued by `resume`: in the same MLflow run, and from
+    the last training checkpoint.
     """
 
     preset = Config("preset", parser=read_preset, default_value="tiny", help="Recipe: a preset's name, or a path to TOML or JSON.")
