@@ -17,10 +17,12 @@ import pytest
 import torch
 from families import byte_model
 
+from a2d_core import __main__ as cli
 from a2d_core import presets, tracking, trainer
 from a2d_core.config import TrainConfig, UserError
 from a2d_core.data import DiffusionCollator
 from a2d_core.follow import Follower
+from a2d_core.stages import sft
 
 FLOW = str(Path(__file__).resolve().parents[1] / "flows" / "a2d_flow.py")
 STEPS = 30
@@ -221,3 +223,26 @@ def test_a_run_whose_server_stays_away_ends_after_its_training_and_resume_sends_
     assert len(query(f"select step {mine} and runs.name = 'sft' and key = 'eval_nelbo'")) == 10
     statuses = query(f"select status from runs join experiments using (experiment_id) where experiments.name = '{blow.name}'")
     assert set(statuses) == {("FINISHED",)}
+
+
+def test_the_command_line_says_where_its_model_and_metrics_are_and_resume_sends_them(server, tmp_path, monkeypatch, capsys):
+    train = ["sft", "--preset", "smoke", "--model", str(tmp_path / "c"), "--output-dir", str(tmp_path / "out"), "--mlflow", server.uri]
+    assert cli.main(["convert", "--preset", "smoke", "--objective", "bd3lm", "--output-dir", str(tmp_path / "c")]) == 0
+    run = sft.run
+
+    def cut_off(*args, **options):
+        server.send(signal.SIGKILL)
+        return run(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "run", cut_off)
+        patch.setattr(Follower.__init__, "__kwdefaults__", Follower.__init__.__kwdefaults__ | {"patience": 0.0})
+        assert cli.main(train) == 2
+    assert f"'{tmp_path}/out/checkpoint-final' is its model, but MLflow does not take the metrics" in capsys.readouterr().err
+    assert (tmp_path / "out" / "checkpoint-final").is_dir()
+    server.start()
+    server.wait()
+    assert cli.main([*train, "--resume"]) == 0
+    runs = mlflow.MlflowClient().search_runs(["1"], "tags.`a2d.stage` = 'sft'", order_by=["attributes.start_time DESC"])
+    assert sent(mlflow.MlflowClient(), runs[0].info.run_id) == [1, 2, 3, 4]
+    assert runs[0].info.status == "FINISHED"
