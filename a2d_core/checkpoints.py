@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import traceback
@@ -127,7 +128,7 @@ def check(checkpoint: Path) -> None:
 
 def best(output_dir: Path, history: Iterable[dict[str, Any]]) -> Path | None:
     """The whole checkpoint that was evaluated, by the rows of `history`, with the least held-out NELBO; the newest of equals."""
-    scores = {row["step"]: row["eval_nelbo"] for row in history if "eval_nelbo" in row}
+    scores = {row["step"]: row["eval_nelbo"] for row in history if math.isfinite(row.get("eval_nelbo", math.nan))}
     whole = (step for step, path in steps(output_dir).items() if step in scores and damage(path, digests=False) is None)
     step = min(whole, key=lambda step: (scores[step], -step), default=None)
     return None if step is None else output_dir / f"checkpoint-{step}"

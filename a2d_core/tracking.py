@@ -162,9 +162,9 @@ def refusal(stage: str, numbers: dict[str, Any], refused: Exception | None) -> s
 
     `refused`: what it said to the rows of the training, which come first.
     """
+    if refused is not None:
+        return cause(refused)
     try:
-        if refused is not None:
-            raise refused
         with impatience():
             log_numbers(numbers, summary={f"{stage}/{name}": value for name, value in numbers.items()})
     except Exception as error:  # whatever it is, the training is done: what is wrong with a number is raised by `settle`

@@ -1,6 +1,7 @@
 """Which checkpoints stay: the newest, the best by held-out NELBO, and the final one; there is always one to go on from."""
 
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -31,11 +32,14 @@ def test_the_newest_and_the_best_of_all_stay_whatever_the_order_of_scores_and_da
     keep = draw.randint(1, 3)
     for step in range(1, 13):
         is_whole, is_scored = draw.random() < 0.8, draw.random() < 0.7
-        history += [{"step": step, "loss": 1.0}, *([{"step": step, "eval_nelbo": draw.randint(0, 5)}] if is_scored else [])]
+        history += [
+            {"step": step, "loss": 1.0},
+            *([{"step": step, "eval_nelbo": draw.choice([0, 1, 2, 3, math.nan])}] if is_scored else []),
+        ]
         save(tmp_path, step, is_whole=is_whole)
         whole += [step] if is_whole else []
         checkpoints.prune(tmp_path, keep, step, history)
-        scores = {row["step"]: row["eval_nelbo"] for row in history if "eval_nelbo" in row and row["step"] in whole}
+        scores = {row["step"]: row["eval_nelbo"] for row in history if row["step"] in whole and row.get("eval_nelbo", math.nan) >= 0}
         best = [step for step in scores if scores[step] == min(scores.values())][-1:]
         assert set(checkpoints.steps(tmp_path)) == {*whole[-keep:], *best}
         assert checkpoints.newest(tmp_path) == (tmp_path / f"checkpoint-{whole[-1]}" if whole else None)
