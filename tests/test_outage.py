@@ -154,7 +154,9 @@ def test_a_server_that_returns_gets_what_it_missed_and_nothing_twice(blow, serve
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+@pytest.mark.parametrize(
+    "blow", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)], ids=["killed", "frozen, waited for at every call"]
+)
 def test_what_a_server_that_stays_away_lacks_is_kept_and_sent_by_a_later_step(blow, server, parent, tmp_path, capsys):
     client = mlflow.MlflowClient()
 
