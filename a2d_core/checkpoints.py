@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -153,10 +154,18 @@ def check(checkpoint: Path) -> None:
     require(wrong is None, f"checkpoint '{checkpoint}' is damaged: {wrong}; {go_on(checkpoint.parent)}")
 
 
-def keep_newest(output_dir: Path, count: int, step: int) -> None:
-    """Delete all checkpoints up to `step` but the newest `count` whole ones; later ones are what an earlier run left."""
+def best(output_dir: Path, history: Iterable[dict[str, Any]]) -> Path | None:
+    """The whole checkpoint that was evaluated, by the rows of `history`, with the least held-out NELBO; the newest of equals."""
+    scores = {row["step"]: row["eval_nelbo"] for row in history if math.isfinite(row.get("eval_nelbo", math.nan))}
+    whole = (step for step, path in steps(output_dir).items() if step in scores and damage(path, digests=False) is None)
+    step = min(whole, key=lambda step: (scores[step], -step), default=None)
+    return None if step is None else output_dir / f"checkpoint-{step}"
+
+
+def prune(output_dir: Path, count: int, step: int, history: Iterable[dict[str, Any]] = ()) -> None:
+    """Delete all checkpoints up to `step` but the newest `count` whole ones and the best; later ones are what an earlier run left."""
     past = [path for number, path in steps(output_dir).items() if number <= step]
-    kept = [path for path in past if damage(path, digests=False) is None][:count]
+    kept = [*[path for path in past if damage(path, digests=False) is None][:count], best(output_dir, history)]
     for path in past:
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)

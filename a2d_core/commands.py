@@ -73,19 +73,25 @@ def train(args: argparse.Namespace) -> None:
     with work as output_dir:
         from a2d_core.stages import pretrain, sft
 
-        result = {"pretrain": pretrain.run, "sft": sft.run}[stage](
-            config,
-            args.model,
-            output_dir,
-            seed=recipe.seed,
-            processes=compute.processes if args.processes is None else args.processes,
-            strategy=strategy,
-            nodes=nodes,
-            resume_from=resume_from,
-            objective=recipe.objective,
+        follower = Follower(output_dir, log=tracking.MetricLog()) if is_main and args.mlflow is not None else None
+        with follower or nullcontext():
+            result = {"pretrain": pretrain.run, "sft": sft.run}[stage](
+                config,
+                args.model,
+                output_dir,
+                seed=recipe.seed,
+                processes=compute.processes if args.processes is None else args.processes,
+                strategy=strategy,
+                nodes=nodes,
+                resume_from=resume_from,
+                objective=recipe.objective,
+            )
+        why = tracking.refusal(stage, result, follower.refused) if follower else None
+        require(
+            why is None,
+            f"training is done, '{output_dir}/checkpoint-final' is its model, but MLflow does not take the metrics ({why}): they are in "
+            f"'{output_dir}/metrics.jsonl'; start MLflow again, and the same command with --resume sends them without training again",
         )
-        if is_main and args.mlflow is not None:
-            tracking.log_numbers(result)
     _tell(result)
     print(f"\nthe checkpoint is {output_dir}/checkpoint-final: try it with  python -m a2d_core chat --model {output_dir}/checkpoint-final")
 
@@ -386,10 +392,7 @@ def _work(args: argparse.Namespace, recipe: Recipe, inputs: tuple[str | Path | N
             yield output_dir
             return
         parent = tracking.start_parent(recipe, name=f"{stage} {output_dir.name}")
-        with (
-            tracking.stage_run(parent, stage, params=to_dict(getattr(recipe, stage))) as run_id,
-            Follower(output_dir, log=tracking.MetricLog(run_id)),
-        ):
+        with tracking.stage_run(parent, stage, params=to_dict(getattr(recipe, stage))):
             yield output_dir
         tracking.finish(parent)
 

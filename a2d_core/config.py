@@ -219,7 +219,7 @@ class TrainConfig:
     save_every: float = 0.1
     """Save a checkpoint after this fraction of the steps (1 or more: after so many steps)."""
     keep_checkpoints: int = 2
-    """Training checkpoints kept; older ones are deleted."""
+    """Training checkpoints kept: the newest, and besides them the one with the best held-out NELBO; the others are deleted."""
     log_every: int = 10
     """Optimizer steps between two logged losses."""
 

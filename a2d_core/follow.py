@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from a2d_core import checkpoints
-from a2d_core.config import UserError
 
 Row = dict[str, Any]
 """One line of `metrics.jsonl`: `step`, `max_steps`, and the numbers that belong to the step."""
@@ -45,7 +44,8 @@ class Follower:
     rows so far, `on_checkpoint` the step of a complete new checkpoint and a directory of hard links to
     it, which the trainer's own clean-up does not touch. Training neither waits nor fails for any of
     this: while the log does not take rows, they wait, at the end for up to `patience` seconds; what
-    raises is not done again, and its error is raised once the body has ended well.
+    raises is not done again, and its error is raised once the body has ended well. What the log has not
+    taken by then is its owner's to send: `refused` is the log's last word, or None.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class Follower:
         on_rows: Callable[[list[Row]], None] | None = None,
         on_checkpoint: Callable[[int, Path], None] | None = None,
         interval: float = 1.0,
-        patience: float = 60.0,
+        patience: float = 20.0,
     ) -> None:
         self.rows: list[Row] = []
         self.errors: list[Exception] = []
+        self.refused: Exception | None = None
         self._output_dir, self._log, self._interval, self._patience = Path(output_dir), log, interval, patience
         self._on_rows, self._on_checkpoint = on_rows, on_checkpoint
         self._offset, self._last, self._shown, self._kept = 0, b"", 0, 0
-        self._refused: Exception | None = None
         self._refusals, self._next_try = 0, 0.0
         self._jobs = [self._read, self._show, self._keep, self._send]
         self._ended = threading.Event()
@@ -74,21 +74,14 @@ class Follower:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        deadline = time.monotonic() + (self._patience if kind is None else 0)
         self._ended.set()
         self._thread.join()
-        deadline = time.monotonic() + (self._patience if kind is None else 0)
         self._look(final=True)
-        while self._refused and time.monotonic() < deadline:
+        while self.refused and time.monotonic() < deadline:
             time.sleep(self._interval)
             self._look(final=True)
-        if kind is not None:
-            return
-        if self._refused:
-            raise UserError(
-                f"training is done, but MLflow does not take the last metrics ({cause(self._refused)}): "
-                "start it again, then resume this run, which goes on from its last checkpoint"
-            ) from self._refused
-        if self.errors:
+        if kind is None and self.errors:
             raise self.errors[0]
 
     def _watch(self) -> None:
@@ -156,15 +149,15 @@ class Follower:
             return
         try:
             sent = self._log.send()
-        except Exception as error:  # whatever it is: it is tried again, and raised at the end where it lasts
-            if not self._refused:
+        except Exception as error:  # whatever it is: it is tried again, and `refused` where it lasts
+            if not self.refused:
                 _say(f"MLflow does not take metrics ({cause(error)}); training goes on, and they are sent later")
-            self._refused, self._refusals = error, self._refusals + 1
+            self.refused, self._refusals = error, self._refusals + 1
             self._next_try = time.monotonic() + min(30.0, self._interval * 2**self._refusals)
         else:
-            if self._refused:
+            if self.refused:
                 _say(f"MLflow answers again: {sent} numbers were sent")
-            self._refused, self._refusals = None, 0
+            self.refused, self._refusals = None, 0
 
 
 def _link(source: str, target: str) -> None:

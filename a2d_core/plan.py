@@ -214,7 +214,7 @@ def _stage(config: TrainConfig, name: str, recipe: Recipe, shape: Shape | None) 
         "flops": seen and shape and seen * row_flops(shape, config, block),
         "memory_gib": shape and memory(shape, config, block, processes, recipe.compute.train.strategy) / GIB,
         "disk_gib": shape
-        and shape.parameters * (checks.STATE_BYTES_PER_PARAMETER * config.keep_checkpoints + checks.FINAL_BYTES_PER_PARAMETER) / GIB,
+        and shape.parameters * (checks.STATE_BYTES_PER_PARAMETER * (config.keep_checkpoints + 1) + checks.FINAL_BYTES_PER_PARAMETER) / GIB,
     }
     return stage, [] if steps else origins
 

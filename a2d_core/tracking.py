@@ -29,7 +29,7 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "GIT_PYTHON_REFRESH": "quiet",  # MLflow looks for git, and warns at length where there is none
 }
-NOT_METRICS = {"step", "max_steps", "total_flos"}
+NOT_METRICS = {"step", "max_steps", "total_flos", "seconds_left"}
 MEASURED = ("seconds", "per_second", "memory_mb")
 """How the names of numbers end that no two attempts measure alike."""
 RUN_TAG = "metaflow.run"
@@ -50,8 +50,22 @@ def default_uri(config: TrackingConfig | None = None) -> str:
     return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}" if uri.startswith("sqlite:///") else uri
 
 
-def check_server(uri: str) -> None:
-    """Make sure, within seconds, that tracking works (a new local database is set up); raise `UserError` with the remedy."""
+def check_server(uri: str, patience: float = 0.0) -> None:
+    """Make sure, within seconds, that tracking works (a new local database is set up); raise `UserError` with the remedy.
+
+    A server that is being started again has `patience` seconds for it.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return _ask(uri)
+        except UserError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(1)
+
+
+def _ask(uri: str) -> None:
     try:
         with _no_collection(), impatience():
             import mlflow
@@ -114,10 +128,12 @@ def stage_run(parent_id: str, stage: str, *, params: dict[str, Any] | None = Non
     import mlflow
 
     client = mlflow.MlflowClient()
-    client.update_run(parent_id, status="RUNNING")
-    run_id = mlflow.start_run(run_id=_child(client, parent_id, stage, params or {})).info.run_id
+    with impatience():
+        client.update_run(parent_id, status="RUNNING")
+        run_id = mlflow.start_run(run_id=_child(client, parent_id, stage, params or {})).info.run_id
     try:
-        mlflow.set_tags(tags or {})
+        with impatience():
+            mlflow.set_tags(tags or {})
         yield run_id
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
@@ -128,14 +144,53 @@ def stage_run(parent_id: str, stage: str, *, params: dict[str, Any] | None = Non
         except Exception as second:
             error.add_note(f"(MLflow could not be told of it: {second})")
         raise
-    mlflow.end_run()
+    try:
+        with impatience():
+            mlflow.end_run()
+    except Exception as error:  # what the stage has made is worth more: `finish` closes its run
+        print(f"MLflow could not be told that {stage} is done ({cause(error)}): it hears of it at the end of the run", flush=True)
 
 
-def finish(parent_id: str, status: str = "FINISHED") -> None:
-    """Close the parent run."""
+def finish(parent_id: str) -> None:
+    """Close the parent run, and those of its stages that are open still."""
     import mlflow
 
-    mlflow.MlflowClient().set_terminated(parent_id, status)
+    client = mlflow.MlflowClient()
+    with impatience():
+        experiment = client.get_run(parent_id).info.experiment_id
+        for run in client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent_id}' and attributes.status = 'RUNNING'"):
+            client.set_terminated(run.info.run_id)
+        client.set_terminated(parent_id)
+
+
+Owed = dict[str, Any]
+"""What MLflow lacks of a training stage: its `rows` (of metrics.jsonl) and its final `numbers`."""
+
+
+def refusal(stage: str, numbers: dict[str, Any], refused: Exception | None) -> str | None:
+    """Log the final numbers of a training stage to its active run and its parent; return why MLflow does not take them, or None.
+
+    `refused`: what it said to the rows of the training, which come first.
+    """
+    if refused is not None:
+        return cause(refused)
+    try:
+        with impatience():
+            log_numbers(numbers, summary={f"{stage}/{name}": value for name, value in numbers.items()})
+    except Exception as error:  # whatever it is, the training is done: what is wrong with a number is raised by `settle`
+        return cause(error)
+    return None
+
+
+def settle(parent_id: str, owed: dict[str, Owed]) -> None:
+    """Send what MLflow lacks of earlier stages, which it did not take while it was away; what is there is not sent again."""
+    for stage, debt in owed.items():
+        with stage_run(parent_id, stage) as run_id:
+            log = MetricLog(run_id)
+            log.add(debt["rows"])
+            sent = log.send()
+            log_numbers(debt["numbers"], summary={f"{stage}/{name}": value for name, value in debt["numbers"].items()})
+        print(f"MLflow is there again: {sent} numbers of {stage}, which it lacked, were sent", flush=True)
 
 
 def log_numbers(numbers: dict[str, Any], *, summary: dict[str, Any] | None = None) -> None:
@@ -246,10 +301,11 @@ def evaluation_numbers(results: dict[str, Any] | None) -> dict[str, Any]:
 class MetricLog:
     """Sends rows of numbers to an MLflow run: each number once a step, whatever was sent before a resume or a retry."""
 
-    def __init__(self, run_id: str) -> None:
+    def __init__(self, run_id: str | None = None) -> None:
+        """For the given run; for the active one where there is none given."""
         import mlflow
 
-        self._client, self._run_id = mlflow.MlflowClient(), run_id
+        self._client, self._run_id = mlflow.MlflowClient(), run_id or mlflow.active_run().info.run_id
         self._waiting: dict[tuple[str, int], Any] = {}
         self._logged: set[tuple[str, int]] | None = None
 

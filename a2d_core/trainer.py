@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -282,7 +283,7 @@ class DiffusionTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         self.writing = output_dir
         if self.is_world_process_zero():
-            checkpoints.keep_newest(output_dir, self.diffusion.keep_checkpoints, step)
+            checkpoints.prune(output_dir, self.diffusion.keep_checkpoints, step, self.state.log_history)
         self.guard.saved(self.state)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -402,16 +403,18 @@ class Progress(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every logged row to `metrics.jsonl`, and prints it where there is no terminal for a progress bar.
+    """Appends every logged row to `metrics.jsonl`, and prints a line each twentieth of the training, and each minute.
 
     The file is made anew from the restored history when training begins, so that a resumed run has each step once.
     """
 
     def __init__(self, output_dir: Path) -> None:
         self.path = output_dir / "metrics.jsonl"
+        self.begun, self.first, self.due, self.said = 0.0, 0, 0.0, ""
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Write what a checkpoint remembers."""
+        self.begun, self.first = time.perf_counter(), state.global_step
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with checkpoints.told(self.path):
@@ -421,20 +424,36 @@ class MetricsFile(TrainerCallback):
         """Write the newest row."""
         if not state.is_world_process_zero:
             return
+        row, now = {**state.log_history[-1], "max_steps": state.max_steps}, time.perf_counter()
+        if "loss" in row:
+            row["seconds_left"] = (now - self.begun) / max(1, row["step"] - self.first) * (state.max_steps - row["step"])
         with checkpoints.told(self.path), self.path.open("a") as file:
-            file.write(json.dumps({**state.log_history[-1], "max_steps": state.max_steps}) + "\n")
-        is_milestone = "loss" not in (logs or {}) or state.global_step % max(1, state.max_steps // 20) < args.logging_steps
-        if args.disable_tqdm and is_milestone:
-            shown = {k: v for k, v in state.log_history[-1].items() if k not in ("step", "epoch", "total_flos")}
-            numbers = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            print(f"step {state.global_step}/{state.max_steps}  {numbers}", flush=True)
+            file.write(json.dumps(row) + "\n")
+        if "loss" not in row or now >= self.due or row["step"] % max(1, state.max_steps // 20) < args.logging_steps:
+            self.due = now + 60
+            self._say(row, now - self.begun)
+
+    def _say(self, row: dict[str, Any], seconds: float) -> None:
+        """Print a row for a person; an evaluation that is repeated at the end is no news."""
+        line = f"step {row['step']:,}/{row['max_steps']:,}  "
+        if "loss" in row:
+            elapsed, left = (timedelta(seconds=round(s)) for s in (seconds, row["seconds_left"]))
+            line += f"{row['step'] / row['max_steps']:4.0%}  loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s  "
+            line += f"{elapsed} elapsed, {left} left"
+        elif "eval_nelbo" in row:
+            line += f"held-out NELBO {row['eval_nelbo']:.4f} ± {row['eval_nelbo_stderr']:.4f} nats per token"
+        else:
+            line += f"trained in {timedelta(seconds=round(seconds))}, mean loss {row['train_loss']:.4f}"
+        if line != self.said:
+            print(line, flush=True)
+        self.said = line if "eval_nelbo" in row else self.said
 
 
 def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> TrainingArguments:
     """The transformers form of a `TrainConfig`.
 
-    It differs from the defaults of transformers in: no integration reports (tracking reads metrics.jsonl), no column
-    is dropped, and a NaN loss is seen rather than filtered.
+    It differs from the defaults of transformers in: no integration reports (tracking reads metrics.jsonl), no progress bar
+    (`MetricsFile` prints), no column is dropped, and a NaN loss is seen rather than filtered.
     """
 
     def interval(every: float) -> float | int:
@@ -469,7 +488,7 @@ def training_arguments(config: TrainConfig, output_dir: Path, seed: int) -> Trai
         report_to="none",
         remove_unused_columns=False,
         label_names=[],
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,
         ddp_find_unused_parameters=False,
         accelerator_config={"dispatch_batches": False},  # each process reads a stream itself and keeps its share of every batch
         dataloader_pin_memory=torch.cuda.is_available(),

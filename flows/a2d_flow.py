@@ -7,8 +7,10 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from compute import Compute, check_compute, read_preset  # noqa: E402
 from metaflow import Config, FlowSpec, Parameter, card, current, step  # noqa: E402
 from metaflow._vendor import click  # noqa: E402
 
-from a2d_core import follow, launch, presets, store, tracking  # noqa: E402
+from a2d_core import checkpoints, follow, launch, presets, store, tracking  # noqa: E402
 from a2d_core.config import OBJECTIVES, Recipe, require  # noqa: E402
 from a2d_core.settings import build, to_dict  # noqa: E402
 
@@ -53,8 +55,9 @@ class A2DFlow(FlowSpec):
     8. end: export the model, and say where to look.
 
     Between the steps, artifacts hold numbers and references; the directories lie in the datastore.
-    Training is followed live on a card and in MLflow. A run that fails is continued by `resume`:
-    in the same MLflow run, and from the last training checkpoint.
+    Training is followed live on a card and in MLflow; where MLflow goes away meanwhile, the next step
+    sends it what it lacks. A run that fails is continued by `resume`: in the same MLflow run, and from
+    the last training checkpoint.
     """
 
     preset = Config("preset", parser=read_preset, default_value="tiny", help="Recipe: a preset's name, or a path to TOML or JSON.")
@@ -85,6 +88,8 @@ class A2DFlow(FlowSpec):
         self.recipe = to_dict(recipe)
         run = f"{current.flow_name}/{current.run_id}"
         begun = [*([run] if current.retry_count else []), *store.unfinished(current.origin_run_id)]
+        self.owed: dict[str, tracking.Owed] = {}
+        self.best: dict[str, store.Reference] = {}
         self.mlflow_run = tracking.start_parent(recipe, name=f"{recipe.name}-{recipe.objective}-{current.run_id}", run=run, begun=begun)
         print(f"{recipe.name}, {recipe.objective}, seed {recipe.seed}; MLflow run {self.mlflow_run} at {self.tracking_uri}")
         self.next(self.convert)
@@ -218,8 +223,10 @@ class A2DFlow(FlowSpec):
         from a2d_core.stages import checks
 
         recipe = build(Recipe, self.recipe)
-        config = getattr(recipe, name)
-        tracking.check_server(self.tracking_uri)
+        config, begun = getattr(recipe, name), time.monotonic()
+        tracking.check_server(self.tracking_uri, patience=30)
+        tracking.settle(self.mlflow_run, self.owed)
+        self.owed = {}
         with (
             tracking.stage_run(self.mlflow_run, name, params=to_dict(config), tags={"metaflow.task": current.pathspec}) as run_id,
             tempfile.TemporaryDirectory(prefix=f"a2d-{name}-") as room,
@@ -228,6 +235,7 @@ class A2DFlow(FlowSpec):
             store.delete(getattr(self, "spent", []))  # only here: until a training step has ended, a retry goes on from them
             self.spent: list[store.Reference] = []
             yield recipe, Path(room), run_id
+        print(f"{name} took {timedelta(seconds=round(time.monotonic() - begun))}")
         gc.freeze()  # the process ends now: to take apart all that it has loaded would cost more than a second
 
     def _is_on(self, config: Any, name: str) -> bool:
@@ -255,7 +263,8 @@ class A2DFlow(FlowSpec):
             saved = store.get_latest("training", room / "checkpoint", lineage=lineage)
             resume_from = str((room / "checkpoint").rename(room / f"checkpoint-{saved['metadata']['step']}")) if saved else None
             print(f"{name} goes on from step {saved['metadata']['step']}" if saved else f"{name} starts at step 0")
-            with follow.Follower(room / "output", log=tracking.MetricLog(run_id), on_rows=live.update, on_checkpoint=keep):
+            follower = follow.Follower(room / "output", log=tracking.MetricLog(run_id), on_rows=live.update, on_checkpoint=keep)
+            with follower:
                 numbers = run(
                     config,
                     store.get_dir(self.model, room / "model"),
@@ -265,10 +274,16 @@ class A2DFlow(FlowSpec):
                     strategy=recipe.compute.train.strategy,
                     resume_from=resume_from,
                 )
-            tracking.log_numbers(numbers, summary={f"{name}/{key}": value for key, value in numbers.items()})
+            if why := tracking.refusal(name, numbers, follower.refused):
+                self.owed = {name: {"rows": follower.rows, "numbers": numbers}}
+                print(f"{name} is done, but MLflow does not take its metrics ({why}): they stay with this step, and the next sends them")
             self.numbers = {**self.numbers, name: numbers}
             self.model = store.put_dir(room / "output" / "checkpoint-final", "model")
             self.spent = [saved for saved in store.stored("training") if saved["pathspec"] == current.pathspec]
+            best = checkpoints.best(room / "output", follower.rows)
+            if best and best.name != f"checkpoint-{numbers['steps']}":
+                self.best = {**self.best, name: store.put_dir(best, "best", step=int(best.name.removeprefix("checkpoint-")))}
+                print(f"the held-out NELBO was lower before the end: {best.name} is kept beside the final model, in the artifact `best`")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ class TrainingCard:
         """Show all rows of `metrics.jsonl` so far."""
         latest = {name: value for row in rows for name, value in row.items()}
         step, last = latest["step"], latest.get("max_steps", latest["step"])
-        self._bar.update(round(100 * step / last), metadata=f"step {step:,} of {last:,}")
+        left = f", {timedelta(seconds=round(latest['seconds_left']))} left" if step < last and "seconds_left" in latest else ""
+        self._bar.update(round(100 * step / last), metadata=f"step {step:,} of {last:,}{left}")
         self._numbers.update(markdown_table([list(NUMBERS.values()), [number(latest.get(name)) for name in NUMBERS]]))
         self._curves.update(main_curves(rows))
         for name, chart in self._sides.items():

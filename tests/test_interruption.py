@@ -117,7 +117,7 @@ def at(point: str, time: int, act: Callable[[], None]) -> None:
     elif point == "before the new name":
         around(checkpoints, "_move", before=True)
     else:
-        around(checkpoints, "keep_newest", before=True)
+        around(checkpoints, "prune", before=True)
 
 
 def in_fork(work: Callable[[], Any]) -> int:
@@ -193,7 +193,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def logged(folder: Path) -> list[dict[str, Any]]:
     """Every logged number that is no measurement of time or memory, to the bit."""
-    measured = ("runtime", "per_second", "memory_mb")
+    measured = ("runtime", "per_second", "memory_mb", "seconds_left")
     history = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{name: value for name, value in row.items() if not name.endswith(measured) and name != "max_steps"} for row in history]
 

@@ -73,7 +73,7 @@ def room_for_checkpoints(config: TrainConfig, model_dir: str | Path, output_dir:
     """Raise `UserError` where the disk of `output_dir` has no room for the checkpoints that the training will keep."""
     count = parameters(model_dir)
     trained = parameters(model_dir, config.lora_rank) if config.lora_rank else count
-    most = config.keep_checkpoints + 1  # one goes when the next is whole
+    most = config.keep_checkpoints + 2  # the best, and one that goes when the next is whole
     needed = trained * STATE_BYTES_PER_PARAMETER * most + count * FINAL_BYTES_PER_PARAMETER
     there = next(folder for folder in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
