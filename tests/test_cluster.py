@@ -1,30 +1,25 @@
 """The flow on Kubernetes and on AWS Batch, over stand-ins: each step from the uploaded package, in a clean directory of its own.
 
-sft is killed once a training checkpoint is stored, and the retry goes on from there.
+sft is killed once a training checkpoint is stored, and its retry goes on from there.
 """
 
-import logging
-import os
+import json
 import re
-import signal
-import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from stand_ins.aws_batch import Batch
 from stand_ins.kubernetes_api import Kubernetes, container
-from stand_ins.pod import CREDENTIALS
+from stand_ins.services import Aws, free_port, metadata_service, mlflow_server, user_environment
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOW = str(ROOT / "flows" / "a2d_flow.py")
 STEPS = ("start", "convert", "pretrain", "sft", "sample", "evaluate", "register", "end")
-TOKEN = "hf_this_value_must_not_leave_the_secret"
+STAGES = ("pretrain", "sample", "evaluate", "register")
+SECRET = "hf_this_value_must_not_leave_the_secret"
 PRESET = """
 base = "smoke"
 tracking = {{ uri = "{tracking}" }}
@@ -34,20 +29,22 @@ save_every = 20
 eval_every = 80
 log_every = 5
 [compute]
+platform = "{platform}"
 image = "your-org/a2d:1"
-{platform}
+secrets = ["hf-token"]
 """
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def answers(port):
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+SPOT = """
+[compute.train]
+cpu = 3
+memory_mb = 3000
+shared_memory_mb = 512
+retries = 1
+minutes_between_retries = 0
+"""
+SPOT_NODES = """node_selector = { capacity = "spot" }
+tolerations = [{ key = "capacity", operator = "Equal", value = "spot" }]
+"""
+QUICK = "".join(f"[{stage}]\nenabled = false\n" for stage in STAGES)  # their steps run, and pass the model on
 
 
 @pytest.fixture(scope="module")
@@ -56,96 +53,125 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def s3():
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request otherwise
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    url = "http://{}:{}".format(*server.get_host_and_port())
-    client = boto3.client(
-        "s3", endpoint_url=url, aws_access_key_id="none", aws_secret_access_key="none", region_name="us-east-1"
-    )
-    client.create_bucket(Bucket="bucket")
-    yield SimpleNamespace(url=url, client=client)
-    server.stop()
+def aws():
+    service = Aws()
+    yield service
+    service.server.stop()
 
 
 @pytest.fixture(scope="module")
-def mlflow_server(place):
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    store = ["--backend-store-uri", f"sqlite:///{place}/mlflow.db", "--artifacts-destination", str(place / "artifacts")]
-    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (place / "mlflow.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *store],
-            cwd=place,
-            env=env,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    while not answers(port):
-        assert process.poll() is None, (place / "mlflow.log").read_text()
-        time.sleep(0.1)
-    yield url
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait()
+def tracking(place):
+    with mlflow_server(place) as url:
+        yield url
 
 
-def environment(place, s3, **more):
-    """The machine that starts the run: a user, and Metaflow configured for S3."""
-    mine = {
-        "METAFLOW_HOME": str(place / "home"),
-        "METAFLOW_USER": "tester",
-        "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(place),
-        "METAFLOW_DEFAULT_DATASTORE": "s3",
-        "METAFLOW_DATASTORE_SYSROOT_S3": "s3://bucket/metaflow",
-        "METAFLOW_S3_ENDPOINT_URL": s3.url,
-    }
-    return os.environ | CREDENTIALS | mine | more
-
-
-def run_and_kill_sft(place, s3, service, preset, name, **more):
-    """Start the run, end the first sft container with a training checkpoint stored, and wait for the end; its exit code and output."""
+def run_and_kill_sft(place, aws, service, name, preset, **more):
+    """Start a run, end the first sft container when a training checkpoint is stored, and wait for the end: the run's exit code and output."""
     (place / f"{name}.toml").write_text(preset)
-    command = [sys.executable, FLOW, "--config-value", "preset", f"{name}.toml", "run", "--objective", "bd3lm"]
-    with (place / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=place, env=environment(place, s3, **more), stdout=log, stderr=log)
+    command = [sys.executable, str(ROOT / "flows" / "a2d_flow.py"), "--config-value", "preset", f"{name}.toml"]
+    log = place / f"{name}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*command, "run", "--objective", "bd3lm", "--run-id-file", f"{name}.id"],
+            cwd=place,
+            env=user_environment(place, aws, **more),
+            stdout=file,
+            stderr=file,
+        )
+    is_checkpoint = re.compile(r"/sft/.*/0\.training\.[^/]*\.metadata$").search
     while process.poll() is None:
         time.sleep(0.1)
-        stored = s3.client.list_objects_v2(Bucket="bucket").get("Contents", ()) if len(service.pods_of("sft")) == 1 else ()
-        if any(re.search(r"/sft/.*/0\.training\.[^/]*\.metadata$", item["Key"]) for item in stored):
+        run_id = (place / f"{name}.id").read_text() if service.pods_of("sft") else ""
+        if run_id and any(is_checkpoint(key) for key in aws.keys() if run_id in key):
             service.pods_of("sft")[0].kill()
             break
-    process.wait()
-    return process.returncode, (place / f"{name}.log").read_text()
+    return process.wait(), log.read_text()
 
 
-@pytest.fixture(scope="module")
-def kubernetes(place):
-    cluster = Kubernetes(place, secrets={"hf-token": {"HF_TOKEN": TOKEN}})
-    yield cluster
-    cluster.close()
+def check(place, service, name, outcome):
+    """What must hold on either platform."""
+    code, output = outcome
+    assert code == 0, output
+    assert [len(service.of_step(step)) for step in STEPS] == [1, 1, 1, 2, 1, 1, 1, 1]
+    for pod in (pod for step in STEPS for pod in service.pods_of(step)):
+        package = pod.home / "metaflow" / ".mf_code" / "a2d_core"
+        assert (pod.home / "metaflow" / "a2d_flow.py").is_file()
+        assert list(package.glob("__pycache__/config.*.pyc"))  # Python has imported this copy
+    killed, again = service.pods_of("sft")
+    assert killed.killed and not again.killed
+    [step] = re.findall(r"sft goes on from step (\d+)", output)
+    assert int(step) >= 20
+    assert "step 160/160" in output
+    with sqlite3.connect(f"file:{place}/mlflow.db?mode=ro", uri=True) as database:
+        [(parent, status)] = database.execute(
+            "select r.run_uuid, r.status from runs r join tags t on r.run_uuid = t.run_uuid where t.key = 'metaflow.run' and t.value = ?",
+            [f"A2DFlow/{(place / f'{name}.id').read_text()}"],
+        ).fetchall()
+        rows = database.execute(
+            "select m.step, count(*) from metrics m join tags t on m.run_uuid = t.run_uuid"
+            " where t.key = 'mlflow.parentRunId' and t.value = ? and m.key like '%eval_nelbo' group by m.run_uuid, m.key, m.step",
+            [parent],
+        ).fetchall()
+    assert status == "FINISHED"
+    assert (160, 1) in rows and {count for _, count in rows} == {1}
 
 
-@pytest.fixture(scope="module")
-def on_kubernetes(place, s3, mlflow_server, kubernetes):
-    platform = """platform = "kubernetes"
-secrets = ["hf-token"]
-[compute.train]
-retries = 1
-minutes_between_retries = 0
-"""
-    preset = PRESET.format(tracking=mlflow_server, platform=platform)
-    return run_and_kill_sft(place, s3, kubernetes, preset, "kubernetes", KUBECONFIG=str(kubernetes.kubeconfig))
+def on_kubernetes(place, aws, tracking, name, extra="", **more):
+    cluster = Kubernetes(place, secrets={"hf-token": {"HF_TOKEN": SECRET}})
+    try:
+        preset = PRESET.format(tracking=tracking, platform="kubernetes") + SPOT + SPOT_NODES + extra
+        outcome = run_and_kill_sft(place, aws, cluster, name, preset, KUBECONFIG=str(cluster.kubeconfig), **more)
+        check(place, cluster, name, outcome)
+    finally:
+        cluster.close()
+    return cluster, outcome[1]
 
 
-def test_kubernetes(on_kubernetes, kubernetes):
-    code, output = on_kubernetes
-    print(output)
-    for step in STEPS:
-        for pod in kubernetes.pods_of(step):
-            print("=====", step, pod.home, pod.process.returncode)
-            print(pod.log()[-1500:])
-    assert code == 0
-    assert [len(kubernetes.of_step(step)) for step in STEPS] == [1, 1, 1, 2, 1, 1, 1, 1]
+def test_on_kubernetes_each_step_runs_from_the_package_and_a_killed_one_goes_on_from_its_checkpoint(place, aws, tracking):
+    cluster, _ = on_kubernetes(place, aws, tracking, "kubernetes", QUICK)
+    for job in cluster.of_step("sft"):
+        pod, asked = job["spec"]["template"]["spec"], container(job)["resources"]["requests"]
+        assert (float(asked["cpu"]), float(asked["memory"].removesuffix("M"))) == (3, 3000)
+        assert [volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"]] == ["512Mi"]
+        assert pod["nodeSelector"] == {"capacity": "spot"}
+        assert pod["tolerations"] == [{"key": "capacity", "operator": "Equal", "value": "spot"}]
+        assert container(job)["image"] == "your-org/a2d:1"
+    [job] = cluster.of_step("convert")
+    assert not job["spec"]["template"]["spec"].get("tolerations")
+    assert [source["secretRef"]["name"] for source in container(job)["envFrom"]] == ["hf-token"]
+    assert SECRET not in json.dumps(cluster.jobs)
+
+
+@pytest.mark.long
+def test_all_stages_work_on_kubernetes_and_with_a_metadata_service_their_cards_too(place, aws, tracking):
+    with metadata_service(place) as url:
+        more = {"METAFLOW_SERVICE_URL": url, "METAFLOW_SERVICE_INTERNAL_URL": url, "METAFLOW_DEFAULT_METADATA": "service"}
+        _, output = on_kubernetes(place, aws, tracking, "everything", **more)
+    assert "Created version '1' of model 'a2d-everything-bd3lm'" in output
+    assert "Card render failed" not in output
+    run_id = (place / "everything.id").read_text()
+    for step in ("pretrain", "sft", "sample", "evaluate"):
+        [card] = [key for key in aws.keys() if f"/{run_id}/" in key and f"/{step}/" in key and key.endswith(".html")]
+        assert b"<html" in aws.read(card)
+
+
+@pytest.mark.long
+def test_on_aws_batch_each_step_runs_from_the_package_and_a_killed_one_goes_on_from_its_checkpoint(place, aws, tracking):
+    aws.client("secretsmanager").create_secret(Name="hf-token", SecretString=json.dumps({"HF_TOKEN": SECRET}))
+    batch = Batch(place, free_port(), "a2d-cpu", "a2d-train")
+    preset = PRESET.format(tracking=tracking, platform="batch") + 'queue = "a2d-cpu"\n' + SPOT + 'queue = "a2d-train"\n' + QUICK
+    role = "arn:aws:iam::123456789012:role/metaflow"
+    batch.runner.inject_env = {"AWS_ENDPOINT_URL_SECRETSMANAGER": aws.url}
+    try:
+        more = {"AWS_ENDPOINT_URL_BATCH": batch.url, "METAFLOW_ECS_S3_ACCESS_IAM_ROLE": role}
+        check(place, batch, "batch", run_and_kill_sft(place, aws, batch, "batch", preset, **more))
+    finally:
+        batch.close()
+    assert {job["jobQueue"] for job in batch.of_step("sft")} == {"a2d-train"}
+    assert {job["jobQueue"] for job in batch.of_step("convert")} == {"a2d-cpu"}
+    for job in batch.of_step("sft"):
+        asked = {item["type"]: item["value"] for item in job["containerOverrides"]["resourceRequirements"]}
+        assert asked == {"VCPU": "3", "MEMORY": "3000"}
+        definition = batch.store.get_job_definition_by_arn(job["jobDefinition"])["containerProperties"]
+        assert definition["linuxParameters"]["sharedMemorySize"] == 512
+    assert SECRET not in json.dumps(batch.store.get_jobs())

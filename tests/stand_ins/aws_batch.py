@@ -55,10 +55,12 @@ class Runner(DockerRunner):
 
 
 class Batch:
-    """The service at `url`, with one queue that EC2 machines serve."""
+    """The service at `url`, with queues that EC2 machines serve."""
 
-    def __init__(self, folder: Path, port: int, queue: str):
-        self.url, self.store = f"http://127.0.0.1:{port}", Store(queue_name=queue)
+    def __init__(self, folder: Path, port: int, *queues: str):
+        self.url, self.store = f"http://127.0.0.1:{port}", Store(queue_name=queues[0])
+        for queue in queues[1:]:
+            self.store.create_queue(queue, self.store.get_queues()[0])
         self.runner = Runner(self.store, port, folder)
         config = uvicorn.Config(create_app(self.store, self.runner), host="127.0.0.1", port=port, log_level="error", loop="asyncio")
         self.server = uvicorn.Server(config)
