@@ -66,7 +66,7 @@ def tracking(place):
 
 
 def run_and_kill_sft(place, aws, service, name, preset, **more):
-    """Start a run, end the first sft container when a training checkpoint is stored, and wait for the end: the run's exit code and output."""
+    """Start a run, end the first sft container when a training checkpoint is stored; the run's exit code and output."""
     (place / f"{name}.toml").write_text(preset)
     command = [sys.executable, str(ROOT / "flows" / "a2d_flow.py"), "--config-value", "preset", f"{name}.toml"]
     log = place / f"{name}.log"
@@ -82,7 +82,7 @@ def run_and_kill_sft(place, aws, service, name, preset, **more):
     while process.poll() is None:
         time.sleep(0.1)
         run_id = (place / f"{name}.id").read_text() if service.pods_of("sft") else ""
-        if run_id and any(is_checkpoint(key) for key in aws.keys() if run_id in key):
+        if run_id and any(is_checkpoint(key) for key in aws.stored() if run_id in key):
             service.pods_of("sft")[0].kill()
             break
     return process.wait(), log.read_text()
@@ -151,7 +151,7 @@ def test_all_stages_work_on_kubernetes_and_with_a_metadata_service_their_cards_t
     assert "Card render failed" not in output
     run_id = (place / "everything.id").read_text()
     for step in ("pretrain", "sft", "sample", "evaluate"):
-        [card] = [key for key in aws.keys() if f"/{run_id}/" in key and f"/{step}/" in key and key.endswith(".html")]
+        [card] = [key for key in aws.stored() if f"/{run_id}/" in key and f"/{step}/" in key and key.endswith(".html")]
         assert b"<html" in aws.read(card)
 
 

@@ -117,7 +117,8 @@ def test_argo_and_kubernetes_accept_a_preset_and_each_step_asks_for_what_its_pro
         assert (float(asked["cpu"]), megabytes(asked["memory"])) == (need.cpu, max(need.memory_mb, least))
         assert int(limits.get("nvidia.com/gpu", 0)) == need.gpu
         assert need.disk_mb is None or megabytes(asked["ephemeral-storage"]) == need.disk_mb
-        shared = [volume["emptyDir"]["sizeLimit"] for volume in template.get("volumes") or [] if volume.get("emptyDir")]
+        volumes = [volume.get("emptyDir", {}) for volume in template.get("volumes") or []]
+        shared = [volume["sizeLimit"] for volume in volumes if "sizeLimit" in volume]
         assert shared == ([f"{need.shared_memory_mb}Mi"] if need.shared_memory_mb else [])
 
 

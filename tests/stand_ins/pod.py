@@ -1,5 +1,6 @@
 """What stands in for a container: its command as a process of its own, in an empty directory, with only the environment it is given."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -54,10 +55,8 @@ class Pod:
         self.kill_group()
 
     def kill_group(self) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):  # all have ended
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # all have ended
 
     def log(self) -> str:
         """What it has printed."""

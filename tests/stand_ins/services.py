@@ -1,4 +1,4 @@
-"""The services beside the cluster: S3 and Secrets Manager (moto), an MLflow server, Metaflow's metadata service, and a machine set up for them."""
+"""The services beside the cluster: S3 and Secrets Manager (moto), MLflow, Metaflow's metadata, and a machine set up for them."""
 
 import logging
 import os
@@ -34,7 +34,7 @@ class Aws:
         keys = {"aws_access_key_id": "none", "aws_secret_access_key": "none", "region_name": "us-east-1"}
         return boto3.client(service, endpoint_url=self.url, **keys)
 
-    def keys(self) -> list[str]:
+    def stored(self) -> list[str]:
         """The keys of all that is stored."""
         pages = self.client("s3").get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
         return [item["Key"] for page in pages for item in page.get("Contents", ())]
