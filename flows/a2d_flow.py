@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-if (ROOT / "a2d_core").is_dir():  # a checkout needs no installation
+if "METAFLOW_EXTRACTED_ROOT" not in os.environ and (ROOT / "a2d_core").is_dir():  # a checkout needs no installation
     sys.path.insert(0, str(ROOT))
 if {os.environ.get(name) or "root" for name in ("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER")} == {"root"}:
     os.environ["METAFLOW_USER"] = "a2d"  # Metaflow refuses to work for root

@@ -1,4 +1,4 @@
-"""What stands in for a container: its command as a process of its own, in an empty directory, with only the environment it is given."""
+"""What stands in for a container: its command as a process of its own, in a clean directory, with only the environment it is given."""
 
 import contextlib
 import os
@@ -16,13 +16,14 @@ CREDENTIALS = {
 }
 """What a role would give to the pods, and the user's configuration to the machine that starts the run."""
 
-IMAGE = {
-    "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
-    "METAFLOW_SKIP_INSTALL_DEPENDENCIES": "1",  # boto3 and requests are in the image
-}
+DOCKERFILE = Path(__file__).resolve().parents[2] / "infra" / "Dockerfile"
+SET = [line.split()[1:] for line in DOCKERFILE.read_text().splitlines() if line.startswith("ENV ")]
+IMAGE = {"PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"} | dict(
+    pair.split("=", 1) for pairs in SET for pair in pairs
+)
 """What the image sets."""
 
-KEPT = ("HF_HUB_OFFLINE", "HF_HOME", "MLFLOW_DISABLE_TELEMETRY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "OMP_NUM_THREADS")
+KEPT = ("HF_HUB_OFFLINE", "HF_HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "OMP_NUM_THREADS")
 KEPT += ("GOMP_SPINCOUNT", "A2D_CACHE")  # the embedded base is trained once for all tests
 
 
@@ -32,6 +33,9 @@ class Pod:
     def __init__(self, command: list[str], environment: dict[str, str], folder: Path):
         self.home = Path(tempfile.mkdtemp(prefix="pod-", dir=folder))
         self.killed = False
+        copy = self.home / "a2d_core" / "__init__.py"  # the image has one in its working directory, as old as the image
+        copy.parent.mkdir()
+        copy.write_text("raise ImportError('this is the image and not the package of the run')")
         mine = {"HOME": str(self.home), "TMPDIR": str(self.home)} | {name: os.environ[name] for name in KEPT if name in os.environ}
         with (self.home / "log").open("wb") as log:
             self.process = subprocess.Popen(
