@@ -8,6 +8,7 @@ ships a2d_core with the flow's code, and gives each step a plain form for the us
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import tomllib
 from collections.abc import Iterator
@@ -82,6 +83,11 @@ def read_compute(preset: dict[str, Any]) -> ComputeConfig:
             f"compute.platform is {platform}, which knows no {', '.join(foreign)}: leave them out",
         )
     return compute
+
+
+def platform_here(compute: ComputeConfig) -> str:
+    """Where this step runs: on the profile's platform, or on that of `--with kubernetes` or a deployment where the profile is local."""
+    return compute.platform if compute.platform != "local" else os.environ.get("METAFLOW_RUNTIME_ENVIRONMENT", "local")
 
 
 def check_compute(recipe: Recipe, preset: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from stand_ins.aws_batch import Batch
 from stand_ins.kubernetes_api import Kubernetes, container
 from stand_ins.services import Aws, free_port, metadata_service, mlflow_server, user_environment
 
-ROOT = Path(__file__).resolve().parents[1]
+FLOW = str(Path(__file__).resolve().parents[1] / "flows" / "a2d_flow.py")
 STEPS = ("start", "convert", "pretrain", "sft", "sample", "evaluate", "register", "end")
 STAGES = ("pretrain", "sample", "evaluate", "register")
 SECRET = "hf_this_value_must_not_leave_the_secret"
@@ -68,7 +68,7 @@ def tracking(place):
 def run_and_kill_sft(place, aws, service, name, preset, **more):
     """Start a run, end the first sft container when a training checkpoint is stored; the run's exit code and output."""
     (place / f"{name}.toml").write_text(preset)
-    command = [sys.executable, str(ROOT / "flows" / "a2d_flow.py"), "--config-value", "preset", f"{name}.toml"]
+    command = [sys.executable, FLOW, "--config-value", "preset", f"{name}.toml"]
     log = place / f"{name}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -103,17 +103,17 @@ def check(place, service, name, outcome):
     assert int(step) >= 20
     assert "step 160/160" in output
     with sqlite3.connect(f"file:{place}/mlflow.db?mode=ro", uri=True) as database:
+        mine = "select run_uuid from tags where key = 'metaflow.run' and value = ?"
         [(parent, status)] = database.execute(
-            "select r.run_uuid, r.status from runs r join tags t on r.run_uuid = t.run_uuid where t.key = 'metaflow.run' and t.value = ?",
-            [f"A2DFlow/{(place / f'{name}.id').read_text()}"],
+            f"select run_uuid, status from runs where run_uuid in ({mine})", [f"A2DFlow/{(place / f'{name}.id').read_text()}"]
         ).fetchall()
-        rows = database.execute(
-            "select m.step, count(*) from metrics m join tags t on m.run_uuid = t.run_uuid"
-            " where t.key = 'mlflow.parentRunId' and t.value = ? and m.key like '%eval_nelbo' group by m.run_uuid, m.key, m.step",
+        steps = database.execute(
+            "select step from metrics m join runs r using (run_uuid) join tags t using (run_uuid) where r.name = 'sft'"
+            " and m.key = 'loss' and t.key = 'mlflow.parentRunId' and t.value = ? order by step",
             [parent],
         ).fetchall()
     assert status == "FINISHED"
-    assert (160, 1) in rows and {count for _, count in rows} == {1}
+    assert [step for (step,) in steps] == list(range(5, 161, 5))  # none twice, and none lost
 
 
 def on_kubernetes(place, aws, tracking, name, extra="", **more):
@@ -140,6 +140,17 @@ def test_on_kubernetes_each_step_runs_from_the_package_and_a_killed_one_goes_on_
     assert not job["spec"]["template"]["spec"].get("tolerations")
     assert [source["secretRef"]["name"] for source in container(job)["envFrom"]] == ["hf-token"]
     assert SECRET not in json.dumps(cluster.jobs)
+
+
+def test_a_local_preset_that_is_sent_to_kubernetes_refuses_a_database_that_its_pods_cannot_share(place, aws):
+    cluster = Kubernetes(place, secrets={})
+    command = [sys.executable, FLOW, "--config-value", "preset", "smoke", "run", "--with", "kubernetes:image=your-org/a2d:1"]
+    env = user_environment(place, aws, KUBECONFIG=str(cluster.kubeconfig))
+    done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=300)
+    cluster.close()
+    assert done.returncode == 1
+    assert "steps on kubernetes cannot share sqlite:" in done.stdout + done.stderr
+    assert len(cluster.jobs) == 1
 
 
 @pytest.mark.long
