@@ -24,9 +24,9 @@ PRESET = """
 base = "smoke"
 tracking = {{ uri = "{tracking}" }}
 [sft]
-max_steps = 160
+max_steps = 100
 save_every = 20
-eval_every = 80
+eval_every = 50
 log_every = 5
 [compute]
 platform = "{platform}"
@@ -101,7 +101,7 @@ def check(place, service, name, outcome):
     assert killed.killed and not again.killed
     [step] = re.findall(r"sft goes on from step (\d+)", output)
     assert int(step) >= 20
-    assert "step 160/160" in output
+    assert "step 100/100" in output
     with sqlite3.connect(f"file:{place}/mlflow.db?mode=ro", uri=True) as database:
         mine = "select run_uuid from tags where key = 'metaflow.run' and value = ?"
         [(parent, status)] = database.execute(
@@ -113,7 +113,7 @@ def check(place, service, name, outcome):
             [parent],
         ).fetchall()
     assert status == "FINISHED"
-    assert [step for (step,) in steps] == list(range(5, 161, 5))  # none twice, and none lost
+    assert [step for (step,) in steps] == list(range(5, 101, 5))  # none twice, and none lost
 
 
 def on_kubernetes(place, aws, tracking, name, extra="", **more):
@@ -142,6 +142,7 @@ def test_on_kubernetes_each_step_runs_from_the_package_and_a_killed_one_goes_on_
     assert SECRET not in json.dumps(cluster.jobs)
 
 
+@pytest.mark.long
 def test_a_local_preset_that_is_sent_to_kubernetes_refuses_a_database_that_its_pods_cannot_share(place, aws):
     cluster = Kubernetes(place, secrets={})
     command = [sys.executable, FLOW, "--config-value", "preset", "smoke", "run", "--with", "kubernetes:image=your-org/a2d:1"]

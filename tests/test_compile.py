@@ -165,6 +165,14 @@ def test_local_steps_have_resources_and_a_time_limit_and_no_platform():
     assert made == {"resources": {"cpu": 2, "memory": 3072}, "timeout": {"minutes": 60}}
 
 
+def test_a_local_profile_knows_when_the_run_was_sent_elsewhere(monkeypatch):
+    profile = flow_compute.read_compute(presets.read("tiny"))
+    monkeypatch.delenv("METAFLOW_RUNTIME_ENVIRONMENT", raising=False)
+    assert flow_compute.platform_here(profile) == "local"
+    monkeypatch.setenv("METAFLOW_RUNTIME_ENVIRONMENT", "kubernetes")  # as Metaflow does in a pod
+    assert flow_compute.platform_here(profile) == "kubernetes"
+
+
 def test_batch_has_its_queue_and_refuses_what_is_kubernetes_own():
     preset = presets.read("qwen3-0.6b-batch")
     profile = flow_compute.read_compute(preset)
