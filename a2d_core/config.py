@@ -436,6 +436,26 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class Toleration:
+    """A taint of a Kubernetes node that a pod puts up with: spot nodes have one, and often GPU nodes."""
+
+    key: str
+    """Key of the taint."""
+    operator: Literal["Exists", "Equal"] = "Exists"
+    """Whether any value will do, or `value` alone."""
+    value: str | None = None
+    """Value of the taint, with Equal."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Effect of the taint; None tolerates all of them."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.value is not None) == (self.operator == "Equal"),
+            f"toleration of {self.key}: operator={self.operator} with value={self.value!r}: Equal needs a value, and Exists has none",
+        )
+
+
+@dataclass(frozen=True)
 class StepCompute:
     """What one step of the flow asks of the machine it runs on."""
 
@@ -448,7 +468,17 @@ class StepCompute:
     shared_memory_mb: int | None = None
     """Shared memory in MiB, which data loaders and NCCL use; None keeps the platform's default."""
     disk_mb: int | None = None
-    """Disk in MiB, for checkpoints; None keeps the platform's default."""
+    """Disk in MiB, for checkpoints; None keeps the platform's default. On AWS Batch the queue's machines decide."""
+    image: str | None = None
+    """Container image of this step, where it is not the profile's."""
+    queue: str | None = None
+    """AWS Batch job queue of this step, where it is not the profile's: machines without GPUs, for instance, or spot machines."""
+    node_selector: dict[str, str] | None = None
+    """Kubernetes node labels of this step, in place of the profile's."""
+    tolerations: tuple[Toleration, ...] | None = None
+    """Kubernetes taints that this step puts up with, in place of the profile's."""
+    secrets: tuple[str, ...] | None = None
+    """Secrets of this step, in place of the profile's."""
     processes: int = 1
     """Training processes on the node: one per GPU."""
     strategy: str = "ddp"
@@ -486,10 +516,12 @@ class ComputeConfig:
     """Kubernetes service account."""
     node_selector: dict[str, str] = field(default_factory=dict)
     """Kubernetes node labels that a GPU step needs."""
+    tolerations: tuple[Toleration, ...] = ()
+    """Kubernetes taints that a GPU step puts up with: `[{ key = "spot" }]`. Give steps on spot nodes retries."""
     queue: str | None = None
     """AWS Batch job queue."""
     secrets: tuple[str, ...] = ()
-    """Names of Kubernetes secrets that become environment variables, such as one with HF_TOKEN."""
+    """Names of secrets that become environment variables, such as one with HF_TOKEN: Kubernetes', or on AWS Batch Secrets Manager's."""
     convert: StepCompute = StepCompute()
     """Resources of the convert step."""
     train: StepCompute = StepCompute()

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-if (ROOT / "a2d_core").is_dir():  # a checkout needs no installation
+if "METAFLOW_EXTRACTED_ROOT" not in os.environ and (ROOT / "a2d_core").is_dir():  # a checkout needs no installation
     sys.path.insert(0, str(ROOT))
 if {os.environ.get(name) or "root" for name in ("METAFLOW_USER", "SUDO_USER", "USERNAME", "USER")} == {"root"}:
     os.environ["METAFLOW_USER"] = "a2d"  # Metaflow refuses to work for root
 
-from compute import Compute, check_compute, read_preset  # noqa: E402
+from compute import Compute, check_compute, platform_here, read_preset  # noqa: E402
 from metaflow import Config, FlowSpec, Parameter, card, current, step  # noqa: E402
 from metaflow._vendor import click  # noqa: E402
 
@@ -76,12 +76,13 @@ class A2DFlow(FlowSpec):
         check_compute(recipe, self.preset.to_dict())
         register.model_name(recipe)
         store.check_datastore(self._datastore.TYPE)
-        if recipe.compute.platform == "local":
+        platform = platform_here(recipe.compute)
+        if platform == "local":
             checks.output_directory(Path(self.export_dir) / current.run_id).rmdir()  # it is made again when there is a model
         self.tracking_uri = tracking.default_uri(recipe.tracking)
         require(
-            recipe.compute.platform == "local" or not self.tracking_uri.startswith(("sqlite:", "file:", "/", ".")),
-            f"steps on {recipe.compute.platform} cannot share {self.tracking_uri}: give the URI of an MLflow server in tracking.uri",
+            platform == "local" or not self.tracking_uri.startswith(("sqlite:", "file:", "/", ".")),
+            f"steps on {platform} cannot share {self.tracking_uri}: give the URI of an MLflow server in tracking.uri",
         )
         tracking.check_server(self.tracking_uri)
         preflight.inputs(recipe)
@@ -213,7 +214,7 @@ class A2DFlow(FlowSpec):
 
         recipe = build(Recipe, self.recipe)
         exported = None
-        if recipe.compute.platform == "local":
+        if platform_here(recipe.compute) == "local":
             exported = store.get_dir(self.model, Path(self.export_dir) / current.run_id / "model")
         print(cards.closing_words(recipe, self.results, self.registered, exported, self.tracking_uri, current.run_id))
 

@@ -8,11 +8,12 @@ ships a2d_core with the flow's code, and gives each step a plain form for the us
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from a2d_core.stages.checks import MemoryFullError
 
 PROFILES = {"convert": "convert", "pretrain": "train", "sft": "train", "sample": "generate", "evaluate": "generate"}
 """Step -> its part of the compute profile; the steps that only keep books (start, register, end) take `register`."""
+
+FOREIGN = {"batch": ("namespace", "service_account", "node_selector", "tolerations"), "kubernetes": ("queue",)}
+"""Platform -> the settings that mean nothing to it."""
 
 
 class Refusal(MetaflowException):
@@ -72,12 +76,19 @@ def read_preset(text: str) -> dict[str, Any]:
 def read_compute(preset: dict[str, Any]) -> ComputeConfig:
     """The checked compute profile of a preset, as `presets.read` returns it."""
     compute = build(ComputeConfig, preset.get("compute", {}), "compute")
-    foreign = [name for name in ("namespace", "service_account", "node_selector", "secrets") if getattr(compute, name)]
-    require(
-        compute.platform != "batch" or not foreign,
-        f"compute.{', compute.'.join(foreign)} belong to Kubernetes, and compute.platform is batch: leave them out",
-    )
+    parts = {"compute": compute} | {f"compute.{name}": getattr(compute, name) for name in sorted(set(PROFILES.values()) | {"register"})}
+    for platform, names in FOREIGN.items():
+        foreign = [f"{path}.{name}" for path, part in parts.items() for name in names if getattr(part, name, None)]
+        require(
+            compute.platform != platform or not foreign,
+            f"compute.platform is {platform}, which knows no {', '.join(foreign)}: leave them out",
+        )
     return compute
+
+
+def platform_here(compute: ComputeConfig) -> str:
+    """Where this step runs: on the profile's platform, or on that of `--with kubernetes` or a deployment where the profile is local."""
+    return compute.platform if compute.platform != "local" else os.environ.get("METAFLOW_RUNTIME_ENVIRONMENT", "local")
 
 
 def check_compute(recipe: Recipe, preset: dict[str, Any]) -> None:
@@ -134,13 +145,24 @@ def decorators(compute: ComputeConfig, need: StepCompute) -> dict[str, dict[str,
     made = {"resources": _given(resources), "timeout": {"minutes": need.timeout_minutes}}
     if need.retries:
         made["retry"] = {"times": need.retries, "minutes_between_retries": need.minutes_between_retries}
+    own = {name: placed(compute, need, name) for name in ("image", "queue", "node_selector", "tolerations", "secrets")}
     if compute.platform == "kubernetes":
-        labels = compute.node_selector if need.gpu else None
-        names = {"image": compute.image, "namespace": compute.namespace, "service_account": compute.service_account}
-        made["kubernetes"] = _given({**names, "node_selector": labels, "secrets": list(compute.secrets)})
+        tolerations = [_given(asdict(toleration)) for toleration in own["tolerations"]]
+        place = {"namespace": compute.namespace, "service_account": compute.service_account, "node_selector": own["node_selector"]}
+        size = {"memory": need.memory_mb, "disk": need.disk_mb}  # else Metaflow asks for its defaults at least: 4 GB, and 10 GB
+        made["kubernetes"] = _given({"image": own["image"], **place, **size, "tolerations": tolerations, "secrets": list(own["secrets"])})
     if compute.platform == "batch":
-        made["batch"] = _given({"image": compute.image, "queue": compute.queue})
+        made["batch"] = _given({"image": own["image"], "queue": own["queue"]})
+        if own["secrets"]:
+            made["secrets"] = {"sources": [{"type": "aws-secrets-manager", "id": name} for name in own["secrets"]]}
     return made
+
+
+def placed(compute: ComputeConfig, need: StepCompute, name: str) -> Any:
+    """A step's own setting, or else the profile's; what picks GPU nodes in the profile is for steps with a GPU."""
+    own, profile = getattr(need, name), getattr(compute, name)
+    is_for_gpus = name in ("node_selector", "tolerations")
+    return own if own is not None else type(profile)() if is_for_gpus and not need.gpu else profile
 
 
 def _given(attributes: dict[str, Any]) -> dict[str, Any]:
