@@ -64,7 +64,7 @@ def register(
         info = _log(model_dir, sample, record or {})
         mlflow.log_metrics(finite_numbers(metrics), model_id=info.model_id)
         found = mlflow.register_model(info.model_uri, name, tags=tags).version
-        client.set_registered_model_alias(name, "candidate", found)
+        _point_candidate(client, name)
     return {"name": name, "version": int(found), "uri": f"models:/{name}/{found}"}
 
 
@@ -265,6 +265,14 @@ def _who() -> str:
 
 
 # --- packaging ------------------------------------------------------------------------------------
+
+
+def _point_candidate(client: Any, name: str) -> None:
+    """Let the alias `candidate` stand on the newest version, also where others register at the same time."""
+    at = 0
+    while (newest := max(int(found.version) for found in client.search_model_versions(f"name = '{name}'"))) != at:
+        client.set_registered_model_alias(name, "candidate", str(newest))
+        at = newest
 
 
 def _found(client: Any, name: str, tags: dict[str, str]) -> str | None:

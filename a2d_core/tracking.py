@@ -292,12 +292,18 @@ def _child(client: Any, parent_id: str, stage: str, params: dict[str, Any]) -> s
 def _experiment(client: Any, name: str) -> str:
     """The id of the experiment, which is made where it is missing."""
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
         uri = mlflow.get_tracking_uri()
         local = Path(uri.removeprefix("sqlite:///")).parent / "mlruns" if uri.startswith("sqlite:///") else None
-        return client.create_experiment(name, artifact_location=local.as_uri() if local else None)
+        try:
+            return client.create_experiment(name, artifact_location=local.as_uri() if local else None)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run made it in between
+                raise
+        found = client.get_experiment_by_name(name)
     require(
         found.lifecycle_stage == "active",
         f"the MLflow experiment '{name}' was deleted: choose another with tracking.experiment=NAME, "
