@@ -122,7 +122,8 @@ def team(tmp_path_factory):
         port, database_port = free_port(), stack.enter_context(postgres(room, logs / "postgres.log"))
         command, values = server_of_the_manifest(port, database_port)
         environment = os.environ | values | keys | {"MLFLOW_S3_ENDPOINT_URL": endpoint, "HOME": str(logs)}
-        server = stack.enter_context(running(command, logs / "mlflow.log", env=environment, cwd=logs))
+        (logs / "cwd").mkdir()
+        server = stack.enter_context(running(command, logs / "mlflow.log", env=environment, cwd=logs / "cwd"))
         uri = f"http://127.0.0.1:{port}"
         wait_until(lambda: answers(f"{uri}/health"), server, logs / "mlflow.log")
         patch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -156,7 +157,11 @@ def flows(team):
         place.mkdir()
         command = [sys.executable, str(ROOT / "flows" / "a2d_flow.py"), "--config-value", "preset", "smoke", "run", "--run-id-file", "id"]
         options = ["--objective", objective, "--seed", str(seed), "--overrides", "register.name=team"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(place), "MLFLOW_TRACKING_URI": team["uri"]}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(place),
+            "MLFLOW_TRACKING_URI": team["uri"],
+        }
         with (place / "log").open("w") as log:
             process = subprocess.Popen([*command, *options], cwd=place, env=environment, stdout=log, stderr=subprocess.STDOUT)
         started.append((place, process))
@@ -249,3 +254,7 @@ def test_no_log_speaks_of_locks_or_of_a_failure(team, flows):
         assert not lines, f"{log.name}: {lines}"
     errors = re.findall(r" (?:ERROR|FATAL|PANIC):  (.*)", (team["logs"] / "postgres.log").read_text())
     assert [error for error in errors if not error.startswith(EXPECTED)] == []
+
+
+def test_the_server_writes_nothing_outside_its_scratch_volume(team, flows):
+    assert list((team["logs"] / "cwd").iterdir()) == []  # the pod's file system is read-only
