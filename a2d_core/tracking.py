@@ -301,9 +301,9 @@ def _experiment(client: Any, name: str) -> str:
         try:
             return client.create_experiment(name, artifact_location=local.as_uri() if local else None)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run made it in between
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        found = client.get_experiment_by_name(name)
+        found = client.get_experiment_by_name(name)  # another run has made it meanwhile
     require(
         found.lifecycle_stage == "active",
         f"the MLflow experiment '{name}' was deleted: choose another with tracking.experiment=NAME, "
