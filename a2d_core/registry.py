@@ -66,8 +66,8 @@ def register(
         there = {metric.key for metric in client.get_logged_model(model_id).metrics or []}
         mlflow.log_metrics({key: value for key, value in finite_numbers(metrics).items() if key not in there}, model_id=model_id)
         found = mlflow.register_model(f"models:/{model_id}", name, tags=tags).version
-    if client.get_model_version(name, found).tags["review"] == "pending" and _aliases(name).get("candidate", 0) < int(found):
-        client.set_registered_model_alias(name, "candidate", found)
+    if client.get_model_version(name, found).tags["review"] == "pending":
+        _point_candidate(client, name)
     return {"name": name, "version": int(found), "uri": f"models:/{name}/{found}"}
 
 
@@ -264,6 +264,18 @@ def _who() -> str:
 
 
 # --- packaging ------------------------------------------------------------------------------------
+
+
+def _point_candidate(client: Any, name: str) -> None:
+    """Let the alias `candidate` stand on the newest version that waits for its review, also where others register at the same time."""
+    at = 0
+    while True:
+        found = client.search_model_versions(f"name = '{name}'")
+        newest = max((int(version.version) for version in found if version.tags.get("review") == "pending"), default=at)
+        if newest == at:
+            return
+        client.set_registered_model_alias(name, "candidate", str(newest))
+        at = newest
 
 
 def _found(client: Any, name: str, tags: dict[str, str]) -> str | None:

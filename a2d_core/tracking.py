@@ -368,12 +368,18 @@ def _log_params(client: Any, run_id: str, params: dict[str, Any]) -> None:
 def _experiment(client: Any, name: str) -> str:
     """The id of the experiment, which is made where it is missing."""
     import mlflow
+    from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
         uri = mlflow.get_tracking_uri()
         local = Path(uri.removeprefix("sqlite:///")).parent / "mlruns" if uri.startswith("sqlite:///") else None
-        return client.create_experiment(name, artifact_location=local.as_uri() if local else None)
+        try:
+            return client.create_experiment(name, artifact_location=local.as_uri() if local else None)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = client.get_experiment_by_name(name)  # another run has made it meanwhile
     require(
         found.lifecycle_stage == "active",
         f"the MLflow experiment '{name}' was deleted: choose another with tracking.experiment=NAME, "

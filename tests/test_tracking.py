@@ -202,3 +202,15 @@ def test_a_deleted_experiment_is_named_with_the_way_back(server, client):
     client.delete_experiment(run.info.experiment_id)
     with pytest.raises(UserError, match=r"'gone' was deleted.*restore"):
         tracking.start_parent(recipe, name="run")
+
+
+def test_an_experiment_that_another_run_makes_meanwhile_is_shared(server, client, monkeypatch):
+    made = tracking._experiment(client, "shared")
+    look, looks = client.get_experiment_by_name, []
+
+    def too_early_at_first(name):
+        looks.append(name)
+        return look(name) if len(looks) > 1 else None
+
+    monkeypatch.setattr(client, "get_experiment_by_name", too_early_at_first)
+    assert tracking._experiment(client, "shared") == made
