@@ -1,4 +1,4 @@
-"""Directories between the steps of the flow: put_dir, get_dir, latest, prune.
+"""Directories between the steps of the flow: put_dir, get_dir, latest, prune; and directories in parts, one of each node.
 
 Artifacts hold only the small reference that `put_dir` returns; the files lie in Metaflow's
 datastore, local or S3 alike, and are reached through metaflow-checkpoint's `Checkpoint`. The
@@ -9,6 +9,7 @@ environment variable, which `_writer` sets.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from functools import lru_cache
@@ -57,6 +58,38 @@ def latest(name: str) -> Reference | None:
     it resumes, and of the run which that one resumed. A step that had succeeded left nothing to go
     on from: `resume STEP` after a success starts the step afresh.
     """
+    return max(_unfinished(name), key=lambda reference: reference["created_on"], default=None)
+
+
+def part(name: str, node: int) -> str:
+    """The name of a node's part of a directory: that of node 0 is the directory's own."""
+    return f"{name}-{node}" if node else name
+
+
+def latest_parts(name: str, nodes: int) -> list[Reference]:
+    """The parts of all nodes of the newest directory that each of them has stored with the same `step`; none where there is none."""
+    by_age = [sorted(_unfinished(part(name, node)), key=lambda reference: reference["created_on"]) for node in range(nodes)]
+    stored = [{reference["metadata"]["step"]: reference for reference in references} for references in by_age]
+    steps = set.intersection(*map(set, stored))
+    return [references[max(steps)] for references in stored] if steps else []
+
+
+def get_parts(references: list[Reference], destination: str | Path) -> Path:
+    """Copy the parts of a directory to `destination`, all into one; of files with the same name, that of node 0 stays."""
+    destination = get_dir(references[0], destination)
+    for reference in references[1:]:
+        arrived = get_dir(reference, destination.with_name("part"))
+        for file in arrived.rglob("*"):
+            target = destination / file.relative_to(arrived)
+            if file.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.rename(target)
+        shutil.rmtree(arrived)
+    return destination
+
+
+def _unfinished(name: str) -> list[Reference]:
+    """The directories of that name to which `latest` looks."""
     from metaflow import Checkpoint, Run, current
 
     found = _writer().list(name=name)
@@ -66,19 +99,30 @@ def latest(name: str) -> Reference | None:
         origins = {task.metadata_dict.get("origin-run-id", "None") for step in run for task in step} - {"None"}
         origin = min(origins, default=None)
         tasks = [task for step in run if step.id == current.step_name for task in step]
-        if any(task.successful for task in tasks):
+        if tasks and all(task.successful for task in tasks):  # of several nodes one may have ended well before another failed
             break
         found = [r for task in tasks for r in Checkpoint()._search(pathspec=task.pathspec) if r["name"] == name]
-    return max(found, key=lambda reference: reference["created_on"], default=None)
+    return found
 
 
-def prune(name: str, keep: int) -> int:
-    """Delete all but the newest `keep` directories of that name which this task has stored; return how many went."""
+def prune(name: str, keep: int, nodes: int = 1) -> int:
+    """Delete all but the newest `keep` directories of that name which this task has stored; return how many went.
+
+    Where they are in parts, those go that are older than the newest `keep` of which every node has stored its part.
+    """
     writer = _writer()
-    newest_first = sorted(writer.list(name=name, as_dict=False), key=lambda stored: stored.created_on, reverse=True)
-    for stored in newest_first[keep:]:
+    parts = [
+        sorted(writer.list(name=part(name, node), as_dict=False), key=lambda stored: stored.created_on, reverse=True)
+        for node in range(nodes)
+    ]
+    going = parts[0][keep:]
+    if nodes > 1:
+        whole = sorted(set.intersection(*({stored.metadata["step"] for stored in own} for own in parts)), reverse=True)[:keep]
+        oldest = min(whole) if len(whole) == keep > 0 else -math.inf if keep else math.inf
+        going = [stored for own in parts for stored in own if stored.metadata["step"] < oldest]
+    for stored in going:
         writer._checkpointer._checkpoint_datastore.delete(stored)  # metaflow-checkpoint has no public way to delete
-    return len(newest_first[keep:])
+    return len(going)
 
 
 def check_datastore(kind: str) -> None:
@@ -95,7 +139,10 @@ def check_datastore(kind: str) -> None:
 def _writer() -> Any:
     from metaflow import current
 
-    return _writer_of(current.pathspec, current.retry_count)
+    pathspec = current.pathspec
+    if current.get("is_parallel"):  # the tasks of all nodes write in the name of node 0's, where each finds the others' parts
+        pathspec = f"{pathspec.rpartition('/')[0]}/{current.parallel.control_task_id}"
+    return _writer_of(pathspec, current.retry_count)
 
 
 @lru_cache(maxsize=1)

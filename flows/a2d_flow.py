@@ -232,37 +232,54 @@ class A2DFlow(FlowSpec):
             print(f"{name} is switched off ({name}.enabled=false): its input passes through unchanged")
         return config.enabled
 
-    def _train(self, name: str, run: Callable[..., dict[str, Any]]) -> None:
+    def _train(self, name: str, run: Callable[..., dict[str, Any]], nodes: launch.Nodes = launch.ONE_NODE) -> None:
         """Run a training stage, followed on the card, in MLflow and in the checkpoint store; go on from a checkpoint if there is one."""
         import cards
 
+        if nodes.rank:  # node 0 tracks, and has the weights in the end
+            recipe = build(Recipe, self.recipe)
+            with tempfile.TemporaryDirectory(prefix=f"a2d-{name}-") as room:
+                self._fit(name, run, recipe, Path(room), nodes)
+            return
         with self._stage(name) as (recipe, room, run_id):
             config = getattr(recipe, name)
             live = cards.TrainingCard(current.card["training"], recipe, name)
             if not self._is_on(config, name):
                 return
 
-            def keep(number: int, checkpoint: Path) -> None:
-                store.put_dir(checkpoint, "training", step=number)
-                store.prune("training", keep=config.keep_checkpoints)
-
-            saved = store.latest("training")
-            resume_from = str(store.get_dir(saved, room / f"checkpoint-{saved['metadata']['step']}")) if saved else None
-            print(f"{name} goes on from step {saved['metadata']['step']}" if saved else f"{name} starts at step 0")
-            with follow.Follower(room / "output", log=tracking.MetricLog(run_id), on_rows=live.update, on_checkpoint=keep):
-                numbers = run(
-                    config,
-                    store.get_dir(self.model, room / "model"),
-                    room / "output",
-                    seed=recipe.seed,
-                    processes=recipe.compute.train.processes,
-                    strategy=recipe.compute.train.strategy,
-                    resume_from=resume_from,
-                )
+            numbers = self._fit(name, run, recipe, room, nodes, log=tracking.MetricLog(run_id), on_rows=live.update)
             tracking.log_numbers(numbers, summary={f"{name}/{key}": value for key, value in numbers.items()})
             self.numbers = {**self.numbers, name: numbers}
             self.model = store.put_dir(room / "output" / "checkpoint-final", "model")
-            store.prune("training", keep=0)  # there is nothing to go on from any more
+            store.prune("training", keep=0, nodes=nodes.count)  # there is nothing to go on from any more
+
+    def _fit(
+        self, name: str, run: Callable[..., dict[str, Any]], recipe: Recipe, room: Path, nodes: launch.Nodes, **followed: Any
+    ) -> dict[str, Any]:
+        """A training stage's work on this node: from the last checkpoint, which all nodes have stored, to its numbers."""
+        config = getattr(recipe, name)
+
+        def keep(number: int, checkpoint: Path) -> None:
+            store.put_dir(checkpoint, store.part("training", nodes.rank), step=number)
+            if nodes.rank == 0:
+                store.prune("training", keep=config.keep_checkpoints, nodes=nodes.count)
+
+        resume_from = None
+        if parts := store.latest_parts("training", nodes.count):
+            resume_from = str(store.get_parts(parts, room / f"checkpoint-{parts[0]['metadata']['step']}"))
+        if nodes.rank == 0:
+            print(f"{name} goes on from step {parts[0]['metadata']['step']}" if parts else f"{name} starts at step 0")
+        with follow.Follower(room / "output", on_checkpoint=keep, **followed):
+            return run(
+                config,
+                store.get_dir(self.model, room / "model"),
+                room / "output",
+                seed=recipe.seed,
+                processes=recipe.compute.train.processes,
+                strategy=recipe.compute.train.strategy,
+                nodes=nodes,
+                resume_from=resume_from,
+            )
 
 
 if __name__ == "__main__":
