@@ -9,10 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+from test_launch import HERE, _alive, _pids, _until, nodes, on_nodes, workers_find_this_file  # noqa: F401
 
 from a2d_core import launch
 from a2d_core.config import UserError
-from test_launch import HERE, _alive, _pids, _until, nodes, on_nodes, workers_find_this_file  # noqa: F401
 
 SILENT_SECONDS = 4
 
@@ -79,7 +79,9 @@ def test_nodes_that_share_no_files_have_paths_of_their_own(nodes):  # noqa: F811
         with ThreadPoolExecutor(2) as pool:
             calls = [{"paths_of": path} for path in ("/a/checkpoint-2", second)]
             how = {"processes": 1, "paths": ("paths_of",)}
-            started = [pool.submit(launch.run, "test_launch:echo", call, nodes=node, **how) for call, node in zip(calls, apart, strict=True)]
+            started = [
+                pool.submit(launch.run, "test_launch:echo", call, nodes=node, **how) for call, node in zip(calls, apart, strict=True)
+            ]
             return [future.exception() or future.result()["paths_of"] for future in started]
 
     assert outcomes("/b/checkpoint-2") == ["/a/checkpoint-2"] * 2
