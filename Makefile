@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 
-.PHONY: venv demo test check benchmark clean
+.PHONY: venv demo test test-all check benchmark clean
 
 venv: .venv/installed
 
@@ -23,6 +23,9 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+
+test-all: .venv/installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile -m "long or not long"
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

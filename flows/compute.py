@@ -149,7 +149,10 @@ def decorators(compute: ComputeConfig, need: StepCompute) -> dict[str, dict[str,
     if compute.platform == "kubernetes":
         labels = compute.node_selector if need.gpu else None
         names = {"image": compute.image, "namespace": compute.namespace, "service_account": compute.service_account}
-        made["kubernetes"] = _given({**names, "node_selector": labels, "secrets": list(compute.secrets)})
+        patience = 60 * need.meeting_minutes if need.nodes > 1 else None
+        made["kubernetes"] = _given(
+            {**names, "node_selector": labels, "secrets": list(compute.secrets), "hostname_resolution_timeout": patience}
+        )
     if compute.platform == "batch":
         made["batch"] = _given({"image": compute.image, "queue": compute.queue})
     return made
