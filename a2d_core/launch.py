@@ -341,10 +341,10 @@ class Pulse:
 
     def tell(self, told: dict[str, Any]) -> None:
         """End the workers of all nodes with this message, unless another was first."""
-        from torch.distributed import DistError
-
         if self._store is None:
             return
+        from torch.distributed import DistError
+
         with suppress(DistError):
             self._store.compare_set(FAILURE, "", json.dumps(told))
             time.sleep(2 * POLL_SECONDS)  # node 0's store ends with its agent: until then all have heard
