@@ -238,8 +238,9 @@ class A2DFlow(FlowSpec):
 
         if nodes.rank:  # node 0 tracks, and has the weights in the end
             recipe = build(Recipe, self.recipe)
-            with tempfile.TemporaryDirectory(prefix=f"a2d-{name}-") as room:
-                self._fit(name, run, recipe, Path(room), nodes)
+            if getattr(recipe, name).enabled:
+                with tempfile.TemporaryDirectory(prefix=f"a2d-{name}-") as room:
+                    self._fit(name, run, recipe, Path(room), nodes)
             return
         with self._stage(name) as (recipe, room, run_id):
             config = getattr(recipe, name)
