@@ -33,6 +33,9 @@ test: .venv/installed-dev
 test-all: .venv/installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "long or not long" --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
+test-all: .venv/installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile -m "long or not long"
+
 check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

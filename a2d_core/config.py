@@ -479,6 +479,10 @@ class StepCompute:
     """Kubernetes taints that this step puts up with, in place of the profile's."""
     secrets: tuple[str, ...] | None = None
     """Secrets of this step, in place of the profile's."""
+    nodes: int = 1
+    """Machines that train together, each with the resources given here; only training takes several."""
+    meeting_minutes: int = 10
+    """How long a node waits for the others to come."""
     processes: int = 1
     """Training processes on the node: one per GPU."""
     strategy: str = "ddp"
@@ -491,7 +495,7 @@ class StepCompute:
     """Time limit of the step."""
 
     def __post_init__(self) -> None:
-        for name in ("cpu", "memory_mb", "processes", "timeout_minutes"):
+        for name in ("nodes", "meeting_minutes", "cpu", "memory_mb", "processes", "timeout_minutes"):
             require(getattr(self, name) >= 1, f"compute {name} must be at least 1, not {getattr(self, name)}")
         for name in ("gpu", "retries", "minutes_between_retries"):
             require(getattr(self, name) >= 0, f"compute {name} must be 0 or more, not {getattr(self, name)}")
@@ -536,6 +540,9 @@ class ComputeConfig:
             self.platform == "local" or bool(self.image) or self.platform == "batch",
             f"compute.platform={self.platform} needs compute.image: the container image with a2d_core installed",
         )
+        for name in ("convert", "generate", "register"):
+            nodes = getattr(self, name).nodes
+            require(nodes == 1, f"compute.{name}.nodes={nodes}: only training runs on several nodes, by compute.train.nodes")
 
 
 @dataclass(frozen=True)

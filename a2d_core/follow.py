@@ -45,14 +45,14 @@ class Follower:
     it, which the trainer's own clean-up does not touch. Training neither waits nor fails for any of
     this: while the log does not take rows, they wait, at the end for up to `patience` seconds; what
     raises is not done again, and its error is raised once the body has ended well. What the log has not
-    taken by then is its owner's to send: `refused` is the log's last word, or None.
+    taken by then is its owner's to send: `refused` is the log's last word, or None. Without a log, only checkpoints are followed.
     """
 
     def __init__(
         self,
         output_dir: str | Path,
         *,
-        log: Log,
+        log: Log | None = None,
         on_rows: Callable[[list[Row]], None] | None = None,
         on_checkpoint: Callable[[int, Path], None] | None = None,
         interval: float = 1.0,
@@ -65,7 +65,7 @@ class Follower:
         self._on_rows, self._on_checkpoint = on_rows, on_checkpoint
         self._offset, self._last, self._shown, self._kept = 0, b"", 0, 0
         self._refusals, self._next_try = 0, 0.0
-        self._jobs = [self._read, self._show, self._keep, self._send]
+        self._jobs = [self._read, self._show, self._keep, self._send] if log else [self._keep]
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="follower", daemon=True)
 
@@ -119,7 +119,8 @@ class Follower:
         self._offset, self._last = self._offset + len(whole), lines[-1]
         new = [json.loads(line) for line in lines]
         self.rows += new
-        self._log.add(new)
+        if self._log:
+            self._log.add(new)
 
     def _show(self) -> None:
         if self._on_rows and len(self.rows) != self._shown:
@@ -145,7 +146,7 @@ class Follower:
         self._kept = step
 
     def _send(self) -> None:
-        if time.monotonic() < self._next_try:
+        if self._log is None or time.monotonic() < self._next_try:
             return
         try:
             sent = self._log.send()

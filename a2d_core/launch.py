@@ -11,8 +11,9 @@ and its own rank, their workers meet at node 0's address, and the result of rank
 code turns into the environment of the workers.
 
 What comes back from a failure is the failing rank's own message, on every node: a `UserError` or
-`StoppedError` as itself, anything else as a `WorkerError` with the traceback. SIGTERM and Ctrl-C reach the workers,
-and nothing survives its parent, however that one ends. Nothing heavy is imported in the caller.
+`StoppedError` as itself, a node that died as a `NodeLostError`, anything else as a `WorkerError` with the traceback.
+SIGTERM and Ctrl-C reach the workers, and nothing survives its parent, however that one ends. Nothing heavy is
+imported in the caller.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,6 +47,7 @@ R = TypeVar("R")
 POLL_SECONDS = 0.5  # how often a child looks whether its parent is still there
 STOP_SECONDS = 45  # an agent that was told to stop gives its workers 30 seconds
 FAILURE = "a2d-failure"  # the first failure's key in the store that the nodes share
+ALIVE = "a2d-alive"  # and the beginning of the keys at which each node counts up while it lives
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -60,6 +63,10 @@ class Nodes:
     """host:port of node 0, as the others reach it; the port must be free there."""
     meeting_seconds: int = 600
     """How long a node waits for the others."""
+    silent_seconds: int = 60
+    """After how long a node of which nothing is heard is taken for dead."""
+    share_files: bool = True
+    """Whether all see the same directories; if not, each has its own, at a path of its own, and `run` is told which those are."""
 
     def __post_init__(self) -> None:
         require(self.count >= 1, f"nodes must be at least 1, not {self.count}")
@@ -79,7 +86,12 @@ class Nodes:
 
 ONE_NODE = Nodes()
 
-TOLD = {"UserError": UserError, "StoppedError": StoppedError}
+
+class NodeLostError(RuntimeError):
+    """A node has ended, or is not heard of any more: the message names it."""
+
+
+TOLD = {"UserError": UserError, "StoppedError": StoppedError, "NodeLostError": NodeLostError}
 """Exceptions that come back from a worker as themselves."""
 
 
@@ -92,9 +104,18 @@ class WorkerError(RuntimeError):
         self.kind = kind
 
 
-def run(target: str, kwargs: dict[str, Any], *, processes: int, strategy: str = "ddp", nodes: Nodes = ONE_NODE) -> Any:
+def run(
+    target: str,
+    kwargs: dict[str, Any],
+    *,
+    processes: int,
+    strategy: str = "ddp",
+    nodes: Nodes = ONE_NODE,
+    paths: tuple[str, ...] = (),
+) -> Any:
     """Call `target` ("package.module:function") with `kwargs` in `processes` processes of each node; return the result of rank 0.
 
+    `paths` names the arguments that are directories: of nodes that do not share their files, only the last part must be the same.
     Raises what the function raises (one process, which shares nothing: ddp), or `UserError` and `WorkerError` as told
     at the top of this file; `UserError` too where fewer GPUs than processes are visible, where a node does not come
     within `nodes.meeting_seconds`, and where it comes with other arguments than node 0.
@@ -106,7 +127,7 @@ def run(target: str, kwargs: dict[str, Any], *, processes: int, strategy: str = 
         return _find(target)(**kwargs)
     with tempfile.TemporaryDirectory(prefix="a2d-launch-") as name:
         folder = Path(name)
-        group = {"processes": processes, "strategy": strategy, "nodes": asdict(nodes)}
+        group = {"processes": processes, "strategy": strategy, "nodes": asdict(nodes), "paths": paths}
         _write(folder / "call.json", {"target": target, "kwargs": kwargs, "file": str(file), **group})
         command = [sys.executable, "-m", "a2d_core.launch", "agent", name, str(os.getpid())]
         code, terminated = _wait(lambda: subprocess.Popen(command, env=environment(processes, nodes)))
@@ -199,16 +220,10 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 def _outcome(folder: Path, code: int) -> Any:
     """The result that rank 0 wrote, or the exception for what failed first."""
-    errors = {int(path.stem.rpartition("-")[2]): _read(path) for path in folder.glob("error-*.json")}
-    ended = _read(folder / "agent.json") if (folder / "agent.json").exists() else {}
-    for rank, how in ended.items():
-        if int(rank) not in errors:  # its peers, who notice and complain, do leave messages
-            advice = "; SIGKILL often means that the machine ran out of memory" if how == "SIGKILL" else ""
-            raise WorkerError(f"rank {rank} ended without a message ({how}){advice}", rank=int(rank), kind=how)
-    if errors:
-        first = _raise_told(list(errors.values()))
+    first = _raise_told([_read(path) for path in folder.glob("error-*.json")])
+    if first:
         message = f"rank {first['rank']} failed: {first['kind']}: {first['message']}\n{first['traceback']}"
-        raise WorkerError(message, rank=first["rank"], kind=first["kind"])
+        raise WorkerError(message if first["traceback"] else first["message"], rank=first["rank"], kind=first["kind"])
     if code != 0:
         raise WorkerError(
             f"the processes did not start, or were stopped from outside (exit code {code}): see the output above", rank=0, kind="Exit"
@@ -235,7 +250,7 @@ def _write(path: Path, value: Any) -> None:
     part.replace(path)
 
 
-def _die_with(parent: int, end: Callable[[], None]) -> None:
+def die_with(parent: int, end: Callable[[], None]) -> None:
     """Call `end` as soon as process `parent`, which started this one, is gone."""
 
     def watch() -> None:
@@ -246,11 +261,17 @@ def _die_with(parent: int, end: Callable[[], None]) -> None:
     threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
 
 
+def terminate() -> None:
+    """End this process by SIGTERM, which its children hear of."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _agent(folder: Path, parent: int) -> None:
     """Start and watch over the workers: torch.distributed.run, quiet, in a process that ends with its parent."""
-    _die_with(parent, lambda: os.kill(os.getpid(), signal.SIGTERM))
     call = _read(folder / "call.json")
     nodes = Nodes(**call["nodes"])
+    pulse = Pulse(nodes, folder)
+    die_with(parent, pulse.end_with_parent)
     logging.disable(logging.CRITICAL)  # in the agent, not in its workers: a failure is told by the caller, once
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -259,16 +280,14 @@ def _agent(folder: Path, parent: int) -> None:
 
     try:
         os.environ.update(strategies.environment(Path(call["file"]), call["processes"] * nodes.count, nodes.count))
+        pulse.start()
         torchrun(
             [*_where(nodes), f"--nproc-per-node={call['processes']}", "-m", "a2d_core.launch", "worker", str(folder), str(os.getpid())]
         )
     except ChildFailedError as error:
-        first = min(failure.timestamp for failure in error.failures.values())
-        own = first + STOP_SECONDS / 2  # from here on the ends are the agent's own doing: SIGTERM to the others, SIGKILL 30 seconds later
-        codes = {rank: end.exitcode for rank, end in error.failures.items() if end.exitcode != -signal.SIGTERM and end.timestamp < own}
-        _write(
-            folder / "agent.json", {rank: signal.Signals(-code).name if code < 0 else f"exit code {code}" for rank, code in codes.items()}
-        )
+        for told in _ends_without_message(folder, error.failures):
+            _write(folder / f"error-{told['rank']}.json", told)
+            pulse.tell(told)
         sys.exit(1)
     except SignalException as error:
         if os.getppid() != parent:  # nobody is left to do it
@@ -286,6 +305,85 @@ def _agent(folder: Path, parent: int) -> None:
         sys.exit(1)
 
 
+def _ends_without_message(folder: Path, failures: dict[int, Any]) -> list[dict[str, Any]]:
+    """What is told for the workers that ended first, and left no message themselves."""
+    own = min(failure.timestamp for failure in failures.values()) + STOP_SECONDS / 2
+    told = []
+    for rank, end in failures.items():
+        # from `own` on the ends are the agent's own doing: SIGTERM to the others, SIGKILL 30 seconds later
+        if end.exitcode == -signal.SIGTERM or end.timestamp >= own or (folder / f"error-{rank}.json").exists():
+            continue
+        how = signal.Signals(-end.exitcode).name if end.exitcode < 0 else f"exit code {end.exitcode}"
+        advice = "; SIGKILL often means that the machine ran out of memory" if how == "SIGKILL" else ""
+        message = f"rank {rank} ended without a message ({how}){advice}"
+        told.append({"rank": rank, "time": 0.0, "kind": how, "message": message, "traceback": ""})  # first: its peers complain of it
+    return told
+
+
+class Pulse:
+    """Says to the other nodes that this one lives, and what has ended it; node 0 says whom it does not hear of any more.
+
+    The agents do it, which have nothing else to do, through the store that node 0's agent keeps. Without it the
+    others would wait for a machine that is gone until the time limit of a collective operation, if there is one.
+    """
+
+    def __init__(self, nodes: Nodes, folder: Path) -> None:
+        self._nodes, self._folder = nodes, folder
+        self._store: Any = None
+        self._last = 0.0
+
+    def start(self) -> None:
+        """Begin, where there are other nodes."""
+        if self._nodes.count > 1:
+            threading.Thread(target=self._beat, name="pulse", daemon=True).start()
+        if self._nodes.rank:
+            threading.Thread(target=self._miss_node_0, name="miss-node-0", daemon=True).start()
+
+    def tell(self, told: dict[str, Any]) -> None:
+        """End the workers of all nodes with this message, unless another was first."""
+        if self._store is None:
+            return
+        from torch.distributed import DistError
+
+        with suppress(DistError):
+            self._store.compare_set(FAILURE, "", json.dumps(told))
+            time.sleep(2 * POLL_SECONDS)  # node 0's store ends with its agent: until then all have heard
+
+    def end_with_parent(self) -> None:
+        """End this agent, whose parent is gone."""
+        self.tell(self._lost(self._nodes.rank, "its process ended"))
+        terminate()
+
+    def _lost(self, rank: int, how: str) -> dict[str, Any]:
+        message = f"node {rank} of {self._nodes.count} (0 to {self._nodes.count - 1}) is lost: {how}"
+        return {"rank": 0, "time": time.time(), "kind": NodeLostError.__name__, "message": message, "traceback": ""}
+
+    def _beat(self) -> None:
+        from torch.distributed import DistError, TCPStore
+
+        host, port = self._nodes.main
+        heard: dict[int, tuple[int, float]] = {}
+        with suppress(DistError):  # the nodes did not meet, or node 0's agent has ended
+            self._store = store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=self._nodes.meeting_seconds))
+            while True:
+                store.add(f"{ALIVE}-{self._nodes.rank}", 1)
+                self._last = time.monotonic()
+                for rank in range(1, self._nodes.count) if self._nodes.rank == 0 else ():
+                    count = store.add(f"{ALIVE}-{rank}", 0)
+                    if count == 0 or count != heard.get(rank, (0, 0.0))[0]:  # those that have not come yet have `meeting_seconds`
+                        heard[rank] = count, self._last
+                    elif self._last - heard[rank][1] > self._nodes.silent_seconds:
+                        self.tell(self._lost(rank, f"nothing was heard of it for {self._nodes.silent_seconds} seconds"))
+                time.sleep(POLL_SECONDS)
+
+    def _miss_node_0(self) -> None:
+        """End this node when node 0 does not answer: a store whose machine is gone leaves its clients waiting."""
+        while not self._last or time.monotonic() - self._last < self._nodes.silent_seconds:
+            time.sleep(POLL_SECONDS)
+        _write(self._folder / "error-0.json", self._lost(0, f"nothing was heard of it for {self._nodes.silent_seconds} seconds"))
+        terminate()
+
+
 def _where(nodes: Nodes) -> list[str]:
     """Where the agents meet, in the words of torch.distributed.run."""
     if nodes.count == 1:
@@ -297,14 +395,15 @@ def _where(nodes: Nodes) -> list[str]:
 
 def _worker(folder: Path, parent: int) -> None:
     """One of the processes: join the group, call the function, and leave the result or the error in a file."""
-    _die_with(parent, lambda: os._exit(1))
+    die_with(parent, lambda: os._exit(1))
     rank = int(os.environ["RANK"])
     call = _read(folder / "call.json")
-    fail = _share_failures(folder, rank) if call["nodes"]["count"] > 1 else partial(_fail, folder, rank)
+    nodes = Nodes(**call["nodes"])
+    fail = _share_failures(folder, rank, nodes) if nodes.count > 1 else lambda error: _fail(folder, rank, _told(error, rank))
     try:
         _call(folder, call)
     except Exception as error:
-        fail(_told(error, rank))
+        fail(error)
 
 
 def _told(error: Exception, rank: int) -> dict[str, Any]:
@@ -320,7 +419,7 @@ def _fail(folder: Path, rank: int, told: dict[str, Any]) -> None:
     os._exit(1)  # at once: a normal exit would wait for peers that wait for this one
 
 
-def _share_failures(folder: Path, rank: int) -> Callable[[dict[str, Any]], None]:
+def _share_failures(folder: Path, rank: int, nodes: Nodes) -> Callable[[Exception], None]:
     """End this worker with the message of the first one that fails on any node; returns what ends it with its own, or that one's.
 
     Without it a node would wait for another that has failed until the time limit of a collective operation.
@@ -334,7 +433,8 @@ def _share_failures(folder: Path, rank: int) -> Callable[[dict[str, Any]], None]
         _fail(folder, rank, told)
 
     def lost(told: dict[str, Any]) -> dict[str, Any]:
-        return told | {"message": f"node 0 has ended, and its own output says why ({told['message']})"}
+        message = f"node 0 of {nodes.count} is lost, and its own output says why ({told['message']})"
+        return told | {"kind": NodeLostError.__name__, "message": message}
 
     def listen() -> None:
         try:
@@ -345,7 +445,10 @@ def _share_failures(folder: Path, rank: int) -> Callable[[dict[str, Any]], None]
             told = lost(_told(error, rank))
         end(told)
 
-    def fail(told: dict[str, Any]) -> None:
+    def fail(error: Exception) -> None:
+        told = _told(error, rank)
+        if isinstance(error, DistError) or "gloo" in str(error):  # a peer is gone: `listen` hears from an agent which, and why
+            time.sleep(nodes.silent_seconds + STOP_SECONDS)
         try:
             told = json.loads(store.compare_set(FAILURE, "", json.dumps(told)))  # the first failure stays
         except DistError:
@@ -382,8 +485,9 @@ def _compare_with_node_0(call: dict[str, Any]) -> None:
     from accelerate.utils import broadcast_object_list
 
     def values(call: dict[str, Any]) -> dict[str, Any]:
-        shared = {name: call[name] for name in ("target", "processes", "strategy")}
-        return shared | {"nodes": call["nodes"]["count"]} | call["kwargs"]
+        shared = {name: call[name] for name in ("target", "processes", "strategy")} | {"nodes": call["nodes"]["count"]}
+        own = {name: value and Path(value).name for name, value in call["kwargs"].items() if name in call["paths"]}
+        return shared | call["kwargs"] | ({} if call["nodes"]["share_files"] else own)
 
     mine, theirs = values(call), broadcast_object_list([values(call)])[0]
     differing = [

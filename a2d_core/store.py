@@ -1,4 +1,4 @@
-"""Directories between the steps of the flow: put_dir, get_dir, get_latest, delete, prune.
+"""Directories between the steps of the flow: put_dir, get_dir, get_latest, delete, prune; also in parts, one of each node.
 
 Artifacts hold only the small reference that `put_dir` returns; the files lie in Metaflow's
 datastore, local or S3 alike, and are reached through metaflow-checkpoint's `Checkpoint`. The
@@ -69,22 +69,49 @@ def get_dir(reference: Reference, destination: str | Path) -> Path:
     return destination
 
 
-def get_latest(name: str, destination: str | Path, **metadata: Any) -> Reference | None:
+def part(name: str, node: int) -> str:
+    """The name of a node's part of a directory: that of node 0 is the directory's own."""
+    return f"{name}-{node}" if node else name
+
+
+def get_latest(name: str, destination: str | Path, nodes: int = 1, **metadata: Any) -> Reference | None:
     """Copy the newest whole directory of `stored(name, **metadata)` to `destination`; None where nothing was stored.
 
-    A damaged one is named and passed over. Raises `UserError` where all are damaged: what is there is not begun anew in silence.
+    Of several nodes the parts are put together, those with the same `step`; of files with the same name, that of node 0 stays.
+    What is damaged is named and passed over. Raises `UserError` where all is damaged: what is there is not begun anew in silence.
     """
-    found, damaged = stored(name, **metadata), []
-    for reference in found:
+    found, damaged = _whole(name, nodes, metadata), []
+    for first, *others in found:
         try:
-            get_dir(reference, destination)
+            arrived = get_dir(first, destination)
+            for reference in others:
+                _join(get_dir(reference, arrived.with_name("part")), arrived)
         except DamagedError as error:
             damaged.append(str(error))
             print(f"passed over: {error}")
         else:
-            return reference
+            return first
     require(not found, f"{'; '.join(damaged)}. There is no whole one to go on from: start a new run, or bring the files back")
     return None
+
+
+def _whole(name: str, nodes: int, metadata: dict[str, Any]) -> list[list[Reference]]:
+    """The references of each stored directory, one for each node, the newest first."""
+    parts = [stored(part(name, node), **metadata) for node in range(nodes)]
+    if nodes == 1:
+        return [[reference] for reference in parts[0]]
+    by_step = [{reference["metadata"]["step"]: reference for reference in reversed(references)} for references in parts]
+    return [[own[step] for own in by_step] for step in sorted(set.intersection(*map(set, by_step)), reverse=True)]
+
+
+def _join(part_dir: Path, whole: Path) -> None:
+    """Move the files of a part to the directory that lacks them."""
+    for file in part_dir.rglob("*"):
+        target = whole / file.relative_to(part_dir)
+        if file.is_file() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(target)
+    shutil.rmtree(part_dir)
 
 
 def stored(name: str, **metadata: Any) -> list[Reference]:
@@ -96,14 +123,20 @@ def stored(name: str, **metadata: Any) -> list[Reference]:
     """
     from metaflow import Checkpoint, Run, current
 
+    found, origins = own(name), unfinished(current.origin_run_id)
     with _refusals(f"look for '{name}'"):
-        found = _writer().list(name=name)
-        origins = unfinished(current.origin_run_id)
         while not found and (run := next(origins, None)):
             tasks = [task for step in Run(run, _namespace_check=False) if step.id == current.step_name for task in step]
             found = [r for task in tasks for r in Checkpoint()._search(pathspec=task.pathspec) if r["name"] == name]
     found = [reference for reference in found if metadata.items() <= reference["metadata"].items()]
     return sorted(found, key=lambda reference: reference["created_on"], reverse=True)
+
+
+def own(name: str, nodes: int = 1) -> list[Reference]:
+    """The directories of that name, in all their parts, which this task has stored; of a node's, the newest first."""
+    with _refusals(f"look for '{name}'"):
+        parts = [_writer().list(name=part(name, node)) for node in range(nodes)]
+    return [one for found in parts for one in sorted(found, key=lambda reference: reference["created_on"], reverse=True)]
 
 
 def unfinished(origin: str | None) -> Iterator[str]:
@@ -112,17 +145,26 @@ def unfinished(origin: str | None) -> Iterator[str]:
 
     while origin:
         run = Run(f"{current.flow_name}/{origin}", _namespace_check=False)
-        if any(task.successful for step in run if step.id == current.step_name for task in step):
+        tasks = [task for step in run if step.id == current.step_name for task in step]
+        if tasks and all(task.successful for task in tasks):  # of several nodes one may have ended well before another failed
             return
         yield run.pathspec
         before = {task.metadata_dict.get("origin-run-id", "None") for step in run for task in step} - {"None"}
         origin = min(before, default=None)
 
 
-def prune(name: str, keep: int) -> None:
-    """Delete all but the newest `keep` directories of that name which this task has stored."""
-    newest_first = sorted(_writer().list(name=name), key=lambda reference: reference["created_on"], reverse=True)
-    delete(newest_first[keep:])
+def prune(name: str, keep: int, nodes: int = 1) -> None:
+    """Delete all but the newest `keep` directories of that name which this task has stored.
+
+    Where they are in parts, those go that are older than the newest `keep` of which every node has stored its part.
+    """
+    if nodes == 1:
+        delete(own(name)[keep:])
+        return
+    parts = [own(part(name, node)) for node in range(nodes)]
+    whole = sorted(set.intersection(*({reference["metadata"]["step"] for reference in found} for found in parts)), reverse=True)
+    if len(whole) >= keep:
+        delete([reference for found in parts for reference in found if reference["metadata"]["step"] < whole[keep - 1]])
 
 
 def delete(references: list[Reference]) -> None:
@@ -165,7 +207,10 @@ def _refusals(what: str) -> Iterator[None]:
 def _writer() -> Any:
     from metaflow import current
 
-    return _writer_of(current.pathspec, current.retry_count)
+    pathspec = current.pathspec
+    if current.get("is_parallel"):  # the tasks of all nodes write in the name of node 0's, where each finds the others' parts
+        pathspec = f"{pathspec.rpartition('/')[0]}/{current.parallel.control_task_id}"
+    return _writer_of(pathspec, current.retry_count)
 
 
 @lru_cache(maxsize=1)

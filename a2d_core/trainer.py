@@ -59,13 +59,15 @@ def fit(
     seed: int = 0,
     resume_from: str | None = None,
     fill: Fill = None,
+    share_files: bool = True,
 ) -> dict[str, Any]:
     """Train `model` on rows, evaluate on held-out rows, and write `output_dir/checkpoint-final`.
 
     `collate` makes {streams, row: the rows' numbers [B], tokens: their number} of B rows.
     `fill` says what lies behind the end of a row: nothing (None), or fill up to a multiple of the block (`block`) or to
     the longest row (`batch`: the MDLM canvas, which the trainer extends to the longest row of the whole optimizer step).
-    `resume_from`: a `checkpoint-N` directory.
+    `resume_from`: a `checkpoint-N` directory. `share_files`: whether all processes see the same `output_dir`; where not, each
+    node writes its part of a checkpoint into its own.
     Returns the last evaluation's metrics, steps, and tokens per second.
     """
     output_dir = Path(output_dir)
@@ -79,7 +81,9 @@ def fit(
         model.checkpoint_activations(are_compiled=config.compile)
     if config.compile:
         model.compile_layers()
-    trainer = DiffusionTrainer(model, config, train_rows, eval_rows, collate, output_dir, stage=stage, seed=seed, fill=fill)
+    trainer = DiffusionTrainer(
+        model, config, train_rows, eval_rows, collate, output_dir, stage=stage, seed=seed, fill=fill, share_files=share_files
+    )
     with trainer.guard.listening():
         if resume_from and _is_complete(Path(resume_from), config):
             trainer.take_up(Path(resume_from))
@@ -124,8 +128,9 @@ class DiffusionTrainer(Trainer):
         stage: str,
         seed: int,
         fill: Fill = None,
+        share_files: bool = True,
     ) -> None:
-        self.diffusion, self.stage, self.noise_seed, self.fill = config, stage, seed, fill
+        self.diffusion, self.stage, self.noise_seed, self.fill, self.share_files = config, stage, seed, fill, share_files
         self.tokens_seen, self.clock = 0, time.perf_counter()
         self.guard, self.writing = Guard(config, output_dir), output_dir
 
@@ -268,7 +273,11 @@ class DiffusionTrainer(Trainer):
 
     def written_whole(self, directory: Path) -> AbstractContextManager[Path]:
         """`checkpoints.whole` with all processes: the body fills the directory that it gets, which then becomes `directory`."""
-        return checkpoints.whole(directory, is_main=self.is_world_process_zero(), meet=self.accelerator.wait_for_everyone)
+        return checkpoints.whole(directory, is_main=self.keeps_directories(), meet=self.accelerator.wait_for_everyone)
+
+    def keeps_directories(self) -> bool:
+        """Whether this process makes, names and deletes the directories of checkpoints: the only one that does in its `output_dir`."""
+        return self.is_world_process_zero() if self.share_files else self.is_local_process_zero()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         step, output_dir = self.state.global_step, Path(self.args.output_dir)
@@ -282,7 +291,7 @@ class DiffusionTrainer(Trainer):
             self.writing = directory.parent
             super()._save_checkpoint(model, trial)
         self.writing = output_dir
-        if self.is_world_process_zero():
+        if self.keeps_directories():
             checkpoints.prune(output_dir, self.diffusion.keep_checkpoints, step, self.state.log_history)
         self.guard.saved(self.state)
 

@@ -245,46 +245,62 @@ class A2DFlow(FlowSpec):
             print(f"{name} is switched off ({name}.enabled=false): its input passes through unchanged")
         return config.enabled
 
-    def _train(self, name: str, run: Callable[..., dict[str, Any]]) -> None:
+    def _train(self, name: str, run: Callable[..., dict[str, Any]], nodes: launch.Nodes = launch.ONE_NODE) -> None:
         """Run a training stage, followed on the card, in MLflow and in the checkpoint store; go on from a checkpoint if there is one."""
         import cards
 
+        if nodes.rank:  # node 0 tracks, and has the weights in the end
+            recipe = build(Recipe, self.recipe)
+            if getattr(recipe, name).enabled:
+                with tempfile.TemporaryDirectory(prefix=f"a2d-{name}-") as room:
+                    self._fit(name, run, recipe, Path(room), nodes)
+            return
         with self._stage(name) as (recipe, room, run_id):
             config = getattr(recipe, name)
             live = cards.TrainingCard(current.card["training"], recipe, name)
             if not self._is_on(config, name):
                 return
 
-            lineage = self.model["key"]  # a checkpoint that began at other weights, as before `resume pretrain`, is not gone on from
-
-            def keep(number: int, checkpoint: Path) -> None:
-                store.put_dir(checkpoint, "training", step=number, lineage=lineage)
-                store.prune("training", keep=config.keep_checkpoints)
-
-            saved = store.get_latest("training", room / "checkpoint", lineage=lineage)
-            resume_from = str((room / "checkpoint").rename(room / f"checkpoint-{saved['metadata']['step']}")) if saved else None
-            print(f"{name} goes on from step {saved['metadata']['step']}" if saved else f"{name} starts at step 0")
-            follower = follow.Follower(room / "output", log=tracking.MetricLog(run_id), on_rows=live.update, on_checkpoint=keep)
-            with follower:
-                numbers = run(
-                    config,
-                    store.get_dir(self.model, room / "model"),
-                    room / "output",
-                    seed=recipe.seed,
-                    processes=recipe.compute.train.processes,
-                    strategy=recipe.compute.train.strategy,
-                    resume_from=resume_from,
-                )
+            numbers, follower = self._fit(name, run, recipe, room, nodes, log=tracking.MetricLog(run_id), on_rows=live.update)
             if why := tracking.refusal(name, numbers, follower.refused):
                 self.owed = {name: {"rows": follower.rows, "numbers": numbers}}
                 print(f"{name} is done, but MLflow does not take its metrics ({why}): they stay with this step, and the next sends them")
             self.numbers = {**self.numbers, name: numbers}
             self.model = store.put_dir(room / "output" / "checkpoint-final", "model")
-            self.spent = [saved for saved in store.stored("training") if saved["pathspec"] == current.pathspec]
+            self.spent = store.own("training", nodes.count)
             best = checkpoints.best(room / "output", follower.rows)
             if best and best.name != f"checkpoint-{numbers['steps']}":
                 self.best = {**self.best, name: store.put_dir(best, "best", step=int(best.name.removeprefix("checkpoint-")))}
                 print(f"the held-out NELBO was lower before the end: {best.name} is kept beside the final model, in the artifact `best`")
+
+    def _fit(
+        self, name: str, run: Callable[..., dict[str, Any]], recipe: Recipe, room: Path, nodes: launch.Nodes, **followed: Any
+    ) -> tuple[dict[str, Any], follow.Follower]:
+        """A training stage's work on this node: from the last checkpoint, which all nodes have stored, to its numbers."""
+        config = getattr(recipe, name)
+        lineage = self.model["key"]  # a checkpoint that began at other weights, as before `resume pretrain`, is not gone on from
+
+        def keep(number: int, checkpoint: Path) -> None:
+            store.put_dir(checkpoint, store.part("training", nodes.rank), step=number, lineage=lineage)
+            if nodes.rank == 0:
+                store.prune("training", keep=config.keep_checkpoints, nodes=nodes.count)
+
+        saved = store.get_latest("training", room / "checkpoint", nodes=nodes.count, lineage=lineage)
+        resume_from = str((room / "checkpoint").rename(room / f"checkpoint-{saved['metadata']['step']}")) if saved else None
+        if nodes.rank == 0:
+            print(f"{name} goes on from step {saved['metadata']['step']}" if saved else f"{name} starts at step 0")
+        with follow.Follower(room / "output", on_checkpoint=keep, **followed) as follower:
+            numbers = run(
+                config,
+                store.get_dir(self.model, room / "model"),
+                room / "output",
+                seed=recipe.seed,
+                processes=recipe.compute.train.processes,
+                strategy=recipe.compute.train.strategy,
+                nodes=nodes,
+                resume_from=resume_from,
+            )
+        return numbers, follower
 
 
 if __name__ == "__main__":

@@ -19,10 +19,13 @@ from typing import Any
 
 from metaflow import FlowMutator, user_step_decorator
 from metaflow.exception import MetaflowException
+from nodes import PROFILES as PROFILES_ON_NODES
+from nodes import install
 
 import a2d_core
 from a2d_core import presets
 from a2d_core.config import ComputeConfig, Recipe, StepCompute, StoppedError, UserError, require
+from a2d_core.launch import NodeLostError
 from a2d_core.settings import build
 from a2d_core.stages.checks import MemoryFullError
 
@@ -41,10 +44,10 @@ class Refusal(MetaflowException):
 
 @contextmanager
 def told_plainly() -> Iterator[None]:
-    """Turn a `UserError` of the body, or its word that the memory is full or that it was stopped, into a `Refusal`."""
+    """Turn a `UserError` of the body, or its word that the memory is full, or that it or a node was stopped, into a `Refusal`."""
     try:
         yield
-    except (UserError, MemoryFullError, StoppedError) as error:
+    except (UserError, MemoryFullError, StoppedError, NodeLostError) as error:
         raise Refusal(str(error)) from None
 
 
@@ -110,7 +113,16 @@ def check_compute(recipe: Recipe, preset: dict[str, Any]) -> None:
 
 
 class Compute(FlowMutator):
-    """Gives each step the resources, retries, time limit and platform of the preset's compute profile."""
+    """Gives each step the resources, retries, time limit and platform of the preset's compute profile, and training its nodes."""
+
+    def pre_mutate(self, mutable_flow: Any) -> None:
+        """Change the graph, before it is read, where training takes several nodes."""
+        preset = dict(mutable_flow.configs)["preset"]
+        if preset is None:
+            return
+        with told_plainly():
+            if read_compute(preset.to_dict()).train.nodes > 1:
+                install(mutable_flow._flow_cls)  # Metaflow reads the graph anew from the class, and has no public way to add a step
 
     def mutate(self, mutable_flow: Any) -> None:
         """Add the decorators, once the preset is read."""
@@ -119,8 +131,9 @@ class Compute(FlowMutator):
             return
         with told_plainly():
             compute = read_compute(preset.to_dict())
+        profiles = PROFILES | (PROFILES_ON_NODES if compute.train.nodes > 1 else {})
         for name, step in mutable_flow.steps:
-            need = getattr(compute, PROFILES.get(name, "register"))
+            need = getattr(compute, profiles.get(name, "register"))
             step.add_decorator(plain_refusals)
             for decorator, attributes in decorators(compute, need).items():
                 step.add_decorator(decorator, deco_kwargs=attributes)
@@ -150,7 +163,9 @@ def decorators(compute: ComputeConfig, need: StepCompute) -> dict[str, dict[str,
         tolerations = [_given(asdict(toleration)) for toleration in own["tolerations"]]
         place = {"namespace": compute.namespace, "service_account": compute.service_account, "node_selector": own["node_selector"]}
         size = {"memory": need.memory_mb, "disk": need.disk_mb}  # else Metaflow asks for its defaults at least: 4 GB, and 10 GB
-        made["kubernetes"] = _given({"image": own["image"], **place, **size, "tolerations": tolerations, "secrets": list(own["secrets"])})
+        patience = 60 * need.meeting_minutes if need.nodes > 1 else None
+        secrets = {"secrets": list(own["secrets"]), "hostname_resolution_timeout": patience}
+        made["kubernetes"] = _given({"image": own["image"], **place, **size, "tolerations": tolerations, **secrets})
     if compute.platform == "batch":
         made["batch"] = _given({"image": own["image"], "queue": own["queue"]})
         if own["secrets"]:

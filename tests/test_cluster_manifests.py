@@ -15,7 +15,8 @@ from stand_ins.aws_batch import Batch
 from stand_ins.services import Aws, free_port, user_environment
 
 from a2d_core import presets
-from a2d_core.config import ComputeConfig, build
+from a2d_core.config import ComputeConfig
+from a2d_core.settings import build
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ("start", "convert", "pretrain", "sft", "sample", "evaluate", "register", "end")

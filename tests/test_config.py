@@ -73,6 +73,8 @@ def test_a_configuration_cannot_be_changed_in_place():
         ({"compute": {"platform": "kubernetes"}}, "compute.platform=kubernetes needs compute.image"),
         ({"compute": {"platform": "slurm"}}, "compute.platform='slurm' is not one of local, kubernetes, batch"),
         ({"compute": {"train": {"gpu": 1, "processes": 2}}}, "2 processes on 1 GPUs"),
+        ({"compute": {"train": {"nodes": 0}}}, "compute nodes must be at least 1, not 0"),
+        ({"compute": {"generate": {"nodes": 2}}}, "compute.generate.nodes=2: only training runs on several nodes"),
         ({"objective": "ar"}, "unknown objective 'ar': choose one of mdlm, bd3lm"),
     ],
 )

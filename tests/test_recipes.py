@@ -19,7 +19,8 @@ import pytest
 
 from a2d_core import __main__ as cli
 from a2d_core import embedded, models, presets, tracking
-from a2d_core.config import OBJECTIVES, Recipe, StepCompute, to_dict
+from a2d_core.config import OBJECTIVES, Recipe, StepCompute
+from a2d_core.settings import to_dict
 from a2d_core.stages import convert, evaluate, preflight, pretrain, register, sample, sft
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -28,7 +28,8 @@ def run(
 ) -> dict[str, Any]:
     """Train on `config.dataset`; write `metrics.jsonl`, `checkpoint-N` and `checkpoint-final` below `output_dir`.
 
-    `processes` of this node share the training by `strategy`; of several `nodes`, which share `output_dir`, each calls this.
+    `processes` of this node share the training by `strategy`; of several `nodes` each calls this. Where they do not share their
+    files, node 0 gets the weights, and every node its part of a checkpoint; what they resume from must be all parts together.
     `resume_from`: a `checkpoint-N` directory of the same run. The rows are those that the stage's module prepares.
     Returns the held-out NELBO (nats per token), tokens per second, steps, peak memory, and how many documents or assistant
     turns were dropped for which reason.
@@ -44,16 +45,25 @@ def run(
         "seed": seed,
         "resume_from": resume_from,
         "objective": objective,
+        "share_files": nodes.share_files,
     }
+    paths = ("model_dir", "output_dir", "resume_from")
     with checks.memory_advice(stage, config):
-        facts = launch.run("a2d_core.stages.training:work", call, processes=processes, strategy=strategy, nodes=nodes)
+        facts = launch.run("a2d_core.stages.training:work", call, processes=processes, strategy=strategy, nodes=nodes, paths=paths)
     if nodes.rank > 0:
         return facts
     return {**facts, "weights_sha256": checkpoints.digest(Path(output_dir, "checkpoint-final"), as_sealed=True)}
 
 
 def work(
-    stage: str, values: dict[str, Any], model_dir: str, output_dir: str, seed: int, resume_from: str | None, objective: str | None
+    stage: str,
+    values: dict[str, Any],
+    model_dir: str,
+    output_dir: str,
+    seed: int,
+    resume_from: str | None,
+    objective: str | None,
+    share_files: bool,
 ) -> dict[str, Any]:
     """What each process does; `prepare` of the stage's module makes the rows, and says how they are filled.
 
@@ -73,12 +83,14 @@ def work(
     dtype = None if config.lora_rank else torch.float32  # frozen weights may stay as they are
     model = models.load(model_dir, objective=objective, dtype=dtype, device="cpu" if is_sharded else None)  # a GPU gets its own part alone
     trainer.check_fits(model, config)
-    with PartialState().main_process_first():  # the others find what the first has cached
+    state = PartialState()
+    with state.main_process_first() if share_files else state.local_main_process_first():  # the others find what the first has cached
         train_rows, eval_rows, fill, facts = import_module(f"a2d_core.stages.{stage}").prepare(config, model, seed)
     held_out = eval_rows.select(range(min(config.max_eval_rows, len(eval_rows))))
     collate = data.DiffusionCollator(model.objective, model.eos_token_id, fill)
     metrics = trainer.fit(
-        model, config, train_rows, held_out, collate, output_dir, stage=stage, seed=seed, fill=fill, resume_from=resume_from
-    )
+        model, config, train_rows, held_out, collate, output_dir,
+        stage=stage, seed=seed, fill=fill, resume_from=resume_from, share_files=share_files,
+    )  # fmt: skip
     sizes = {"train_rows": len(train_rows), "data_digest": data.digest(train_rows)} if not config.streaming else {}  # a stream has no end
     return {**sizes, "eval_rows": len(held_out), **facts, **metrics}
