@@ -201,7 +201,7 @@ def _stage(config: TrainConfig, name: str, recipe: Recipe, shape: Shape | None) 
     """Rows, steps, tokens, FLOPs and memory of one training stage, and what is missing."""
     is_byte_level = recipe.convert.model.split(":")[0] == "embedded"
     rows, origins = count_rows(config, name == "pretrain", 1.0 if is_byte_level else BYTES_PER_TOKEN)
-    processes = recipe.compute.train.processes
+    processes = recipe.compute.train.processes * recipe.compute.train.nodes
     per_step = config.batch_size * config.gradient_accumulation_steps * processes
     steps = config.max_steps if config.max_steps > 0 else rows and math.ceil(config.epochs * math.ceil(rows / per_step))
     seen = steps and steps * per_step
@@ -276,11 +276,11 @@ def _hours(recipe: Recipe, stages: dict[str, dict[str, Any]]) -> list[dict[str, 
     rows = []
     for gpu in named:
         seconds = sum(
-            stage["flops"] / (PEAKS[gpu][getattr(recipe, name).precision == "float32"] * MFU * train.processes)
+            stage["flops"] / (PEAKS[gpu][getattr(recipe, name).precision == "float32"] * MFU * train.processes * train.nodes)
             for name, stage in stages.items()
         )
-        hardware = f"{train.processes} x {gpu}"
-        rows.append({"hardware": hardware, "hours": seconds / 3600, "gpu_hours": seconds / 3600 * train.gpu})
+        hardware = f"{train.processes * train.nodes} x {gpu}"
+        rows.append({"hardware": hardware, "hours": seconds / 3600, "gpu_hours": seconds / 3600 * train.gpu * train.nodes})
     return rows
 
 

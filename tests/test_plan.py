@@ -87,7 +87,10 @@ def test_the_published_recipe_costs_what_paper_and_pencil_say():
     """Qwen3-0.6B has 440,467,456 weights beside its embedding, 28 layers of attention 2,048 wide, and a head of 151,936 x 1,024."""
     recipe = resolve("published-sft", "mdlm")
     token = 6 * 440_467_456 + 12 * 28 * 2048 * 1024 + 6 * 151_936 * 1024 * 0.5005  # weights; attention to 1,024; the head where masked
-    stage = plan.estimate(recipe)["stages"]["sft"]
+    cost = plan.estimate(recipe)
+    stage, on_a100 = cost["stages"]["sft"], cost["hours"][0]
+    assert on_a100["hardware"] == "64 x A100" and 8 < on_a100["hours"] < 11  # "about 10 hours on 64 GPUs", its README says
+    assert on_a100["gpu_hours"] == pytest.approx(64 * on_a100["hours"])
     assert stage["tokens"] == stage["steps"] * 2048 * 1024
     assert stage["flops"] == pytest.approx(stage["tokens"] * token, rel=1e-6)
     assert stage["flops"] / (6 * 596_049_920 * stage["tokens"]) == pytest.approx(1.07, abs=0.01)  # beside 6 N D
