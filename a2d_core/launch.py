@@ -330,7 +330,8 @@ class Pulse:
     def __init__(self, nodes: Nodes, folder: Path) -> None:
         self._nodes, self._folder = nodes, folder
         self._store: Any = None
-        self._last = 0.0
+        self._beats = 0
+        self._most_silent = nodes.silent_seconds / POLL_SECONDS  # in looks, not seconds: while this process is suspended it does not look
 
     def start(self) -> None:
         """Begin, where there are other nodes."""
@@ -362,24 +363,26 @@ class Pulse:
         from torch.distributed import DistError, TCPStore
 
         host, port = self._nodes.main
-        heard: dict[int, tuple[int, float]] = {}
+        heard = {rank: (0, 0) for rank in range(1, self._nodes.count)}  # its count, and for how many looks it has been the same
         with suppress(DistError):  # the nodes did not meet, or node 0's agent has ended
             self._store = store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=self._nodes.meeting_seconds))
             while True:
                 store.add(f"{ALIVE}-{self._nodes.rank}", 1)
-                self._last = time.monotonic()
-                for rank in range(1, self._nodes.count) if self._nodes.rank == 0 else ():
+                self._beats += 1
+                for rank, (before, looks) in heard.items() if self._nodes.rank == 0 else ():
                     count = store.add(f"{ALIVE}-{rank}", 0)
-                    if count == 0 or count != heard.get(rank, (0, 0.0))[0]:  # those that have not come yet have `meeting_seconds`
-                        heard[rank] = count, self._last
-                    elif self._last - heard[rank][1] > self._nodes.silent_seconds:
+                    heard[rank] = count, looks + 1 if count == before > 0 else 0  # those that have not come yet have `meeting_seconds`
+                    if heard[rank][1] > self._most_silent:
                         self.tell(self._lost(rank, f"nothing was heard of it for {self._nodes.silent_seconds} seconds"))
                 time.sleep(POLL_SECONDS)
 
     def _miss_node_0(self) -> None:
         """End this node when node 0 does not answer: a store whose machine is gone leaves its clients waiting."""
-        while not self._last or time.monotonic() - self._last < self._nodes.silent_seconds:
+        before = looks = 0
+        while looks <= self._most_silent:
             time.sleep(POLL_SECONDS)
+            looks = looks + 1 if self._beats == before > 0 else 0
+            before = self._beats
         _write(self._folder / "error-0.json", self._lost(0, f"nothing was heard of it for {self._nodes.silent_seconds} seconds"))
         terminate()
 
