@@ -19,13 +19,13 @@ import pytest
 
 from a2d_core import __main__ as cli
 from a2d_core import embedded, models, presets, tracking
-from a2d_core.config import OBJECTIVES, Recipe, StepCompute
+from a2d_core.config import OBJECTIVES, Recipe
 from a2d_core.settings import to_dict
 from a2d_core.stages import convert, evaluate, preflight, pretrain, register, sample, sft
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"max_steps": 2, "batch_size": 2, "max_eval_rows": 4, "log_every": 1, "precision": "float32", "num_workers": 1}
-HERE = {"gpu": 0, "processes": 1, "strategy": "ddp", "retries": 0, **({"nodes": 1} if hasattr(StepCompute(), "nodes") else {})}
+HERE = {"gpu": 0, "processes": 1, "nodes": 1, "strategy": "ddp", "retries": 0}
 CHANGED = {
     "convert": {"model"},
     "pretrain": {*SMALL, "gradient_accumulation_steps", "dataset", "shuffle_buffer"},
