@@ -363,7 +363,7 @@ class Pulse:
         from torch.distributed import DistError, TCPStore
 
         host, port = self._nodes.main
-        heard = {rank: (0, 0) for rank in range(1, self._nodes.count)}  # its count, and for how many looks it has been the same
+        heard = dict.fromkeys(range(1, self._nodes.count), (0, 0))  # its count, and for how many looks it has been the same
         with suppress(DistError):  # the nodes did not meet, or node 0's agent has ended
             self._store = store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=self._nodes.meeting_seconds))
             while True:
