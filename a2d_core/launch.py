@@ -363,13 +363,14 @@ class Pulse:
         from torch.distributed import DistError, TCPStore
 
         host, port = self._nodes.main
-        heard = {rank: (0, 0) for rank in range(1, self._nodes.count)}  # its count, and for how many looks it has been the same
+        others = range(1, self._nodes.count) if self._nodes.rank == 0 else range(0)
+        heard = dict.fromkeys(others, (0, 0))  # a node's count, and for how many looks it has been the same
         with suppress(DistError):  # the nodes did not meet, or node 0's agent has ended
             self._store = store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=self._nodes.meeting_seconds))
             while True:
                 store.add(f"{ALIVE}-{self._nodes.rank}", 1)
                 self._beats += 1
-                for rank, (before, looks) in heard.items() if self._nodes.rank == 0 else ():
+                for rank, (before, looks) in heard.items():
                     count = store.add(f"{ALIVE}-{rank}", 0)
                     heard[rank] = count, looks + 1 if count == before > 0 else 0  # those that have not come yet have `meeting_seconds`
                     if heard[rank][1] > self._most_silent:
