@@ -163,8 +163,8 @@ def test_all_stages_work_on_kubernetes_and_with_a_metadata_service_their_cards_t
     assert "Card render failed" not in output
     run_id = (place / "everything.id").read_text()
     for step in ("pretrain", "sft", "sample", "evaluate"):
-        [card] = [key for key in aws.stored() if f"/{run_id}/" in key and f"/{step}/" in key and key.endswith(".html")]
-        assert b"<html" in aws.read(card)
+        cards = [key for key in aws.stored() if f"/{run_id}/" in key and f"/{step}/" in key and key.endswith(".html")]
+        assert cards and all(b"<html" in aws.read(card) for card in cards), step
 
 
 @pytest.mark.long
@@ -173,7 +173,7 @@ def test_on_aws_batch_each_step_runs_from_the_package_and_a_killed_one_goes_on_f
     batch = Batch(place, free_port(), "a2d-cpu", "a2d-train")
     preset = PRESET.format(tracking=tracking, platform="batch") + 'queue = "a2d-cpu"\n' + SPOT + 'queue = "a2d-train"\n' + QUICK
     role = "arn:aws:iam::123456789012:role/metaflow"
-    batch.runner.inject_env = {"AWS_ENDPOINT_URL_SECRETSMANAGER": aws.url}
+    batch.runner.inject_env = {"AWS_ENDPOINT_URL_SECRETS_MANAGER": aws.url}
     try:
         more = {"AWS_ENDPOINT_URL_BATCH": batch.url, "METAFLOW_ECS_S3_ACCESS_IAM_ROLE": role}
         check(place, batch, "batch", run_and_kill_sft(place, aws, batch, "batch", preset, **more))
