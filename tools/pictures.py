@@ -193,7 +193,7 @@ def draw_loss(model: models.DiffusionModel, rows: int = 48) -> None:
     right.axhline(float(source), color=RED, linestyle="--")
     right.text(0.98, float(source) + 0.06, "autoregressive", color=RED, ha="right", fontsize=8)
     right.set(xlabel="t", ylabel="nats per masked byte", ylim=(0, None), title="cross-entropy at t")
-    right.text(0.55, 0.7, f"area: {np.trapezoid(measured, times) + measured[0] * float(times[0]):.2f}", fontsize=9, ha="center")
+    right.text(0.55, 0.7, f"area: {np.trapezoid(measured, times.tolist()) + measured[0] * float(times[0]):.2f}", fontsize=9, ha="center")
     save(figure, "loss")
 
 
