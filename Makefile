@@ -31,7 +31,7 @@ check: .venv/installed-dev
 	$(MAKE) test
 
 benchmark: .venv/installed
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/write.py
 
 clean:
 	rm -rf .venv .metaflow mlruns mlflow.db runs .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

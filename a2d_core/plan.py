@@ -59,6 +59,7 @@ SHAPES = {
     "embedded:tiny": Shape(1_066_688, 261, 128, 3, 128, 768, stored_bytes=4),
     "embedded:smoke": Shape(90_880, 261, 64, 2, 64, 128, stored_bytes=4),
     "Qwen/Qwen3-0.6B": Shape(596_049_920, 151_936, 1024, 28, 2048, 3072, stored_bytes=2),
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct": Shape(494_032_768, 151_936, 896, 24, 896, 4864, stored_bytes=2),
 }
 """Models that need no look."""
 
@@ -79,13 +80,13 @@ class Known:
 KNOWN = {
     "embedded:corpus": Known("counted; it differs a little between versions of Python", rows=123, tokens=1_089_399),
     "embedded:tasks": Known("at most 50,000, made here", rows=50_000),
-    "tiny-shakespeare": Known("301,966 GPT-2 tokens, as nanoGPT counts them", tokens=301_966),
+    "tiny-shakespeare": Known("1,224,242 bytes in 472 rows, which overlap, by its dataset_info; 3.3 a GPT-2 token", 472, 368_000),
     "openwebtext": Known("9.04e9 GPT-2 tokens in 8,013,769 documents, as nanoGPT counts them", 8_013_769, 9_035_582_198, is_whole=False),
     "alpaca": Known("52,002 rows, by its data card", rows=52_002, is_whole=False),
     "tulu-3-sft-mixture": Known("939,343 rows, by its data card", rows=939_343, is_whole=False),
     "smoltalk": Known("about 1.04e6 rows, by its data card", rows=1_040_000),
-    "opc-sft-stage1": Known("about 4.0e6 rows, by arXiv 2411.04905", rows=4_000_000, is_whole=False),
-    "opc-sft-stage2": Known("about 367,000 rows, by arXiv 2411.04905", rows=367_000, is_whole=False),
+    "opc-sft-stage1": Known("about 4.2e6 rows, by its viewer on the Hub", rows=4_216_000, is_whole=False),
+    "opc-sft-stage2": Known("about 436,000 rows, by its viewer on the Hub", rows=436_000, is_whole=False),
     "gsm8k": Known("7,473 rows, by its data card", rows=7_473),
 }
 """Data sets by their names without the owner."""
@@ -211,7 +212,7 @@ def _stage(config: TrainConfig, name: str, recipe: Recipe, shape: Shape | None) 
         "steps": steps,
         "tokens": seen and seen * config.max_length,
         "flops": seen and shape and seen * row_flops(shape, config, block),
-        "memory_gib": shape and memory(shape, config, block, processes) / GIB,
+        "memory_gib": shape and memory(shape, config, block, processes, recipe.compute.train.strategy) / GIB,
         "disk_gib": shape
         and shape.parameters * (checks.STATE_BYTES_PER_PARAMETER * config.keep_checkpoints + checks.FINAL_BYTES_PER_PARAMETER) / GIB,
     }
@@ -250,10 +251,15 @@ def masked_share(config: TrainConfig) -> float:
     )
 
 
-def memory(shape: Shape, config: TrainConfig, block: int, processes: int) -> float:
+def memory(shape: Shape, config: TrainConfig, block: int, processes: int, strategy: str = "ddp") -> float:
     """Bytes that one process needs: weights, gradients, AdamW's moments, activations, logits."""
     is_half = config.precision != "float32"
-    state = 16 + (2 if is_half else 0) + (4 if processes > 1 else 0)  # a bfloat16 copy of the weights; the buckets of DDP
+    whole, shared = 16 + (2 if is_half else 0) + (4 if processes > 1 else 0), 0  # a bfloat16 copy of the weights; the buckets of DDP
+    if strategy == "zero2":
+        whole, shared = (2, 14) if is_half else (4, 12)  # the float32 weights belong to the optimizer's state
+    if strategy == "fsdp2":
+        whole, shared = 0, 16
+    state = whole + shared / processes
     per_layer = 8 * shape.hidden + 6 * shape.attention + 4 * shape.intermediate
     kept = shape.hidden * shape.layers + per_layer if config.gradient_checkpointing else per_layer * shape.layers
     positions = slots(config, block)[0] * config.batch_size
@@ -342,7 +348,8 @@ def assumptions(cost: dict[str, Any]) -> Iterable[str]:
         )
     else:
         yield f"{CORE_FLOPS / 1e9:.0f} GFLOP/s a CPU core"
-    yield "memory of one process: weights, gradients and AdamW's moments in float32, all activations of a micro-batch, a chunk of logits"
+    yield "memory of one process: weights, gradients and AdamW's moments (its part of what the strategy shares out), all activations of "
+    yield "  a micro-batch, a chunk of logits"
     for name, stage in cost["stages"].items():
         yield from (f"{name} rows of {origin}" for origin in stage["rows_from"])
 

@@ -8,13 +8,14 @@ tokens, the first of each row given, over the full range of t; the AR model's ow
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import shared
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -38,19 +39,38 @@ def held_out_nelbo(recipe: Recipe, checkpoint: Path) -> tuple[float, torch.Tenso
     return float(perplexity.nelbo(recipe.evaluate, model, rows_BL, recipe.seed).sum() / rows_BL[:, 1:].numel()), rows_BL
 
 
-def measure(recipe: Recipe, source: Path, folder: Path) -> tuple[float, torch.Tensor]:
-    """Convert, pretrain, and score."""
-    convert.run(dataclasses.replace(recipe.convert, model=str(source)), recipe.objective, folder / "converted", seed=recipe.seed)
-    pretrain.run(recipe.pretrain, folder / "converted", folder / "trained", seed=recipe.seed)
-    return held_out_nelbo(recipe, folder / "trained" / "checkpoint-final")
+def measure(recipe: Recipe, source: Path, folder: Path) -> tuple[float, torch.Tensor, list[list[float]]]:
+    """Convert, pretrain, and score: the NELBO, the rows, and the evaluations on the way: [supervised tokens, NELBO]."""
+    with shared.aside():
+        convert.run(dataclasses.replace(recipe.convert, model=str(source)), recipe.objective, folder / "converted", seed=recipe.seed)
+        pretrain.run(recipe.pretrain, folder / "converted", folder / "trained", seed=recipe.seed)
+    config = recipe.pretrain
+    a_step = config.batch_size * config.gradient_accumulation_steps * config.max_length * config.views * (config.t_min + config.t_max) / 2
+    history = [json.loads(line) for line in (folder / "trained" / "metrics.jsonl").read_text().splitlines()]
+    curve = {row["step"] * a_step: row["eval_nelbo"] for row in history if "eval_nelbo" in row}
+    return *held_out_nelbo(recipe, folder / "trained" / "checkpoint-final"), [list(point) for point in curve.items()]
+
+
+def plot(curves: list[dict[str, Any]]) -> Any:
+    """Held-out NELBO against supervised tokens, a panel for each objective."""
+    figure, axes = shared.figure(10, 3.6, len(OBJECTIVES))
+    for panel, objective in zip(axes, OBJECTIVES, strict=True):
+        for curve in (curve for curve in curves if curve["objective"] == objective):
+            style = {"ar": ("C0", "from the AR weights"), "random": ("C1", "from random weights")}[curve["start"]]
+            label = style[1] if curve["seed"] == 0 else None
+            panel.plot(*zip(*curve["points"], strict=True), color=style[0], marker="o", markersize=3, label=label)
+        panel.set_title(objective, fontsize=10)
+        panel.set_xlabel("supervised (masked) tokens, expected")
+        panel.set_ylabel("held-out NELBO, nats per byte")
+        panel.legend(fontsize="small")
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a fifth of the steps and one seed: under 5 minutes")
+    parser = shared.parser(__doc__, "a fifth of the steps and one seed")
     parser.add_argument("--seeds", type=int, default=3, help="seeds per cell (default 3)")
     options = parser.parse_args()
-    rows = []
+    rows, curves = [], []
     for objective in OBJECTIVES:
         nelbo: dict[str, list[float]] = {"ar": [], "random": []}
         for seed in range(1 if options.quick else options.seeds):
@@ -61,7 +81,8 @@ def main() -> None:
                 folder, base = Path(name), embedded.build_base("tiny")
                 starts = {"ar": base, "random": random_start(base, folder / "fresh", seed)}
                 for start, source in starts.items():
-                    value, rows_BL = measure(recipe, source, folder / start)
+                    value, rows_BL, points = measure(recipe, source, folder / start)
+                    curves.append({"objective": objective, "start": start, "seed": seed, "points": points})
                     nelbo[start].append(value)
                 ar_nll = float(perplexity.autoregressive(base, rows_BL, torch.device("cpu")).sum() / rows_BL[:, 1:].numel())
         rows.append({"objective": objective, "steps": steps, "ar_nll": ar_nll, **{k: statistics.median(v) for k, v in nelbo.items()}})
@@ -70,6 +91,7 @@ def main() -> None:
     )
     for row in rows:
         print(f"{row['objective']:<10}{row['steps']:>7}{row['ar_nll']:>21.3f}{row['ar']:>11.3f}{row['random']:>15.3f}")
+    shared.keep(options.output_dir, [*rows, *curves], plot(curves) if options.output_dir else None)
     print(json.dumps({"ratios": {f"random_over_ar_{row['objective']}": round(row["random"] / row["ar"], 3) for row in rows}}))
 
 

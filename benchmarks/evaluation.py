@@ -16,7 +16,6 @@ queue, which refills the rows of those that have ended. Times are the CPU's, so 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -25,6 +24,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import shared
 import torch
 import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -162,12 +162,11 @@ def measure_generation(count: int, batch_size: int, repeats: int) -> dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer questions, one repetition: under 5 minutes")
+    parser = shared.parser(__doc__, "fewer questions, one repetition")
     options = parser.parse_args()
     count, repeats = (2, 1) if options.quick else (8, 3)
     print(f"{'objective':<10}{'questions':<10}{'vocabulary':>11}  {'method':<7}{'requests/s':>11}{'stderr':>9}{'to an equal error':>19}")
-    ratios = {}
+    ratios, rows = {}, []
     for objective, kind in itertools.product(("bd3lm", "mdlm"), ("endings", "letters")):
         error = errors(objective, kind, count, 24 if kind == "endings" else 2)
         for vocabulary in (SMALL_VOCABULARY, VOCABULARY):
@@ -175,11 +174,14 @@ def main() -> None:
             seconds, _ = in_turn(timed, repeats)
             gain = (error["plain"] / error["ours"]) ** 2 if error["ours"] > 1e-3 else 1.0
             ratios[objective, kind, vocabulary] = seconds["plain"] / seconds["ours"] * gain
+            cell = {"objective": objective, "questions": kind, "vocabulary": vocabulary}
             for name in seconds:
                 ratio = ratios[objective, kind, vocabulary] if name == "ours" else 1.0
+                rows.append({**cell, "method": name, "requests_s": requests / seconds[name], "stderr": error[name], "ratio": ratio})
                 print(f"{objective:<10}{kind:<10}{vocabulary:>11,}  {name:<7}{requests / seconds[name]:>11.2f}{error[name]:>9.3f}{ratio:>18.1f}x", flush=True)  # fmt: skip  # noqa: E501
     found = measure_generation(16 if options.quick else 64, 8, repeats)
     print(f"\ngeneration, tokens/s: fixed batches {found['fixed batches']:.0f}, one queue {found['one queue']:.0f}")
+    shared.keep(options.output_dir, [*rows, found])
     worst = {
         objective: min(ratio for (name, _, size), ratio in ratios.items() if name == objective and size > 2048)
         for objective in ("bd3lm", "mdlm")

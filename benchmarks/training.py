@@ -17,15 +17,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+
+import shared
 
 BLOCK, VIEWS = 32, 2
 METHODS = ("plain", "ours")
@@ -211,17 +210,20 @@ def memory_peak(step: Callable[[], object], device: Any) -> float:
     return read("VmHWM") - resident
 
 
-def in_a_process(cell: dict[str, Any]) -> dict[str, Any]:
-    """What `measure_cell` finds in a new process."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    command = [sys.executable, __file__, "--cell", json.dumps(cell)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def plot(rows: list[dict[str, Any]]) -> Any:
+    """Supervised tokens per second of both methods, a panel for each vocabulary."""
+    vocabularies = sorted({row["vocabulary"] for row in rows})
+    figure, axes = shared.figure(11, 4, len(vocabularies))
+    for panel, vocabulary in zip([axes] if len(vocabularies) == 1 else axes, vocabularies, strict=True):
+        cells = [row for row in rows if row["vocabulary"] == vocabulary]
+        groups = list(dict.fromkeys(f"{row['rows']} {row['length']}\n{row['precision']}" for row in cells))
+        series = {name: [row["supervised_s"] for row in cells if row["method"] == name] for name in METHODS}
+        shared.bars(panel, groups, series, title=f"vocabulary {vocabulary:,}", ylabel="supervised tokens per second")
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="length 128 and float32 only, two repetitions: under 5 minutes")
+    parser = shared.parser(__doc__, "length 128 and float32 only, two repetitions")
     parser.add_argument("--gpu", action="store_true", help="the shape of Qwen3-0.6B in bfloat16 on CUDA")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -239,16 +241,19 @@ def main() -> None:
         grid = itertools.product(("plain", "sft"), (2048, 151936), (128,) if options.quick else (128, 512), ("float32",) if options.quick else ("float32", "bfloat16"))  # fmt: skip  # noqa: E501
         cells = [dict(zip(("rows", "vocabulary", "length", "precision"), values, strict=True)) for values in grid]
         common = {"device": "cpu", "warm_up": 1, "repeats": 2 if options.quick else 3}
+    measured: list[dict[str, Any]] = []
     ratios: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for cell in cells:
-        found = in_a_process({**cell, **common, "peak_of": None})
+        found = shared.in_a_process(__file__, {**cell, **common, "peak_of": None})
         for method in found:
-            found[method] |= in_a_process({**cell, **common, "peak_of": method})
+            found[method] |= shared.in_a_process(__file__, {**cell, **common, "peak_of": method})
         for method, numbers in found.items():
+            measured.append({**cell, "method": method, **numbers})
             mfu = "" if numbers["mfu"] is None else f"{numbers['mfu']:.0%}"
             print(f"{cell['rows']:<7}{cell['vocabulary']:>11,}{cell['length']:>8}{cell['precision']:>11}  {method:<7}{numbers['tokens_s']:>10,.0f}{numbers['supervised_s']:>14,.0f}{numbers['mib']:>10,.0f}{mfu:>7}", flush=True)  # fmt: skip  # noqa: E501
         ratio = found["ours"]["supervised_s"] / found["plain"]["supervised_s"], found["ours"]["mib"] / found["plain"]["mib"]
         ratios.setdefault((cell["rows"], cell["vocabulary"]), []).append(ratio)
+    shared.keep(options.output_dir, measured, plot(measured) if options.output_dir else None)
     sft = {vocabulary: found for (rows, vocabulary), found in ratios.items() if rows == "sft"}
     result = {f"supervised_tokens_v{vocabulary}": min(speed for speed, _ in found) for vocabulary, found in sft.items()}
     result["activation_memory_v151936"] = max(memory for _, memory in sft[151936])

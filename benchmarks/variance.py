@@ -10,18 +10,17 @@ of the loss (nats per token) and of its gradient (summed over all weights, throu
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import shared
 import torch
 
-from a2d_core import models, noise, perplexity, presets, trainer
+from a2d_core import models, noise, perplexity, trainer
 from a2d_core.config import EvaluateConfig, TrainConfig
-from a2d_core.stages import convert, pretrain
 
 BLOCK, LENGTH, ROWS, SKETCH = 32, 512, 2, 4096
 METHODS = {
@@ -31,14 +30,6 @@ METHODS = {
     "stratified, 2 views": {"t_draws": "stratified", "views": 2},
     "complementary, 2 views": {"t_draws": "stratified", "views": 2, "complementary": True},
 }
-
-
-def pretrained(folder: Path) -> Path:
-    """The preset `tiny` up to its pretraining."""
-    recipe = presets.resolve(presets.read("tiny"), "bd3lm")
-    convert.run(recipe.convert, "bd3lm", folder / "converted")
-    pretrain.run(recipe.pretrain, folder / "converted", folder / "trained")
-    return folder / "trained" / "checkpoint-final"
 
 
 def draw(model: models.DiffusionModel, config: TrainConfig, rows_BL: torch.Tensor, step: int) -> tuple[float, Any, torch.Tensor]:
@@ -82,14 +73,23 @@ def ratio(base_DX: torch.Tensor, other_DX: torch.Tensor, resamples: int = 1000) 
     return variance(base_DX) / variance(other_DX), low, high
 
 
+def plot(means: list[torch.Tensor]) -> Any:
+    """How the cross-entropy falls with t."""
+    figure, axes = shared.figure(5, 3.2)
+    axes.plot([(i + 0.5) / 10 for i in range(10)], means, marker="o", markersize=4)
+    axes.set_xlabel("diffusion time t: the share of tokens that are masked")
+    axes.set_ylabel("cross-entropy, nats per masked token")
+    return figure
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="60 draws instead of 500: under 5 minutes")
+    parser = shared.parser(__doc__, "60 draws instead of 500")
     parser.add_argument("--checkpoint", help="a bd3lm checkpoint in place of the pretrained tiny model")
     options = parser.parse_args()
     draws = 60 if options.quick else 500
     with tempfile.TemporaryDirectory() as folder:
-        model = models.load(options.checkpoint or pretrained(Path(folder)), dtype=torch.float32, device="cpu")
+        checkpoint = options.checkpoint or shared.train_tiny("bd3lm", Path(folder), stages=["pretrain"])
+        model = models.load(checkpoint, dtype=torch.float32, device="cpu")
     model.objective = dataclasses.replace(model.objective, block_size=BLOCK)
     rows_BL = perplexity.rows_of_text(EvaluateConfig(text_length=LENGTH, text_rows=ROWS), model, seed=0)
     count = sum(weight.numel() for weight in model.parameters())
@@ -124,6 +124,8 @@ def main() -> None:
     print("\nt           " + "".join(f"{i / 10:>4.1f}-{(i + 1) / 10:.1f}" for i in range(10)))
     means = [ce[(t >= i / 10) & (t < (i + 1) / 10)].mean() for i in range(10)]
     print("nats        " + "".join(f"{mean:>8.3f}" for mean in means))
+    if options.output_dir:
+        shared.keep(options.output_dir, [{"t": (i + 0.5) / 10, "nats": float(mean)} for i, mean in enumerate(means)], plot(means))
     default = found["stratified (default)"]
     print(
         json.dumps({"ratios": {"loss_variance_b32_l512": round(default[0][0], 2), "gradient_variance_b32_l512": round(default[1][0], 2)}})

@@ -6,7 +6,7 @@ from dataclasses import replace
 import families
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from a2d_core import __main__ as cli
 from a2d_core import embedded, objectives, plan, presets
@@ -44,6 +44,14 @@ def test_the_table_of_models_holds_what_they_are():
     assert (shape.vocabulary, shape.hidden, shape.layers, shape.attention, shape.intermediate) == (*values[:3], 16 * 128, 3072)
 
 
+def test_the_coder_in_the_table_is_what_its_config_says():
+    values = {"hidden_size": 896, "num_hidden_layers": 24, "intermediate_size": 4864}
+    config = Qwen2Config(**values, vocab_size=151936, num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)
+    shape = plan.SHAPES["Qwen/Qwen2.5-Coder-0.5B-Instruct"]
+    assert shape.parameters == parameters(config)
+    assert (shape.vocabulary, shape.attention, *values.values()) == (151936, 896, shape.hidden, shape.layers, shape.intermediate)
+
+
 def test_a_model_of_ones_own_is_counted_from_its_configuration(tmp_path):
     model = families.byte_model("bd3lm")
     model.network.config.save_pretrained(tmp_path)
@@ -73,6 +81,24 @@ def test_flops_are_six_a_weight_and_token_where_the_body_is_everything():
     config = TrainConfig(max_length=64)
     assert plan.row_flops(shape, config, block=64) == 6 * shape.parameters * 64
     assert plan.row_flops(shape, replace(config, gradient_checkpointing=True), block=64) == 8 * shape.parameters * 64
+
+
+def test_the_published_recipe_costs_what_paper_and_pencil_say():
+    """Qwen3-0.6B has 440,467,456 weights beside its embedding, 28 layers of attention 2,048 wide, and a head of 151,936 x 1,024."""
+    recipe = resolve("published-sft", "mdlm")
+    token = 6 * 440_467_456 + 12 * 28 * 2048 * 1024 + 6 * 151_936 * 1024 * 0.5005  # weights; attention to 1,024; the head where masked
+    stage = plan.estimate(recipe)["stages"]["sft"]
+    assert stage["tokens"] == stage["steps"] * 2048 * 1024
+    assert stage["flops"] == pytest.approx(stage["tokens"] * token, rel=1e-6)
+    assert stage["flops"] / (6 * 596_049_920 * stage["tokens"]) == pytest.approx(1.07, abs=0.01)  # beside 6 N D
+
+
+def test_a_strategy_shares_out_what_it_says():
+    shape, config = plan.SHAPES["Qwen/Qwen3-0.6B"], TrainConfig(precision="bfloat16")
+    held = {name: [plan.memory(shape, config, 512, n, name) / shape.parameters for n in (2, 8)] for name in ("ddp", "zero2", "fsdp2")}
+    assert held["ddp"][0] == held["ddp"][1]
+    assert held["zero2"][0] - held["zero2"][1] == pytest.approx(14 / 2 - 14 / 8)
+    assert held["fsdp2"][0] - held["fsdp2"][1] == pytest.approx(16 / 2 - 16 / 8)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

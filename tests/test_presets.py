@@ -99,7 +99,7 @@ def test_a_resolved_recipe_reads_back_from_json(tmp_path):
     ("name", "message"),
     [
         ("tinny", "unknown preset 'tinny': did you mean 'tiny'"),
-        ("xyz", "unknown preset 'xyz': choose one of default, published-sft, qwen3-0.6b"),
+        ("xyz", "unknown preset 'xyz': choose one of default, published-sft, qwen"),
         ("nowhere/x.toml", "no recipe file at '.*nowhere/x.toml'"),
     ],
 )
