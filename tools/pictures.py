@@ -70,6 +70,7 @@ def views() -> dict[str, tuple[Tensor, list[str], list[str]]]:
 
 
 def draw_views() -> None:
+    """The four masks."""
     figure = Figure(figsize=(6.4, 6.6), layout="constrained")
     for axes, (title, (mask, queries, keys)) in zip(figure.subplots(2, 2).flat, views().items(), strict=True):
         axes.imshow(mask, cmap=ListedColormap([HIDDEN, SEEN]), vmin=0, vmax=1)
@@ -159,6 +160,7 @@ def trace(model: models.DiffusionModel, question: str, config: SampleConfig) -> 
 
 
 def label(model: models.DiffusionModel, token: int) -> str:
+    """A token as a cell shows it."""
     return "end" if token in model.stop_token_ids else model.tokenizer.decode([token])
 
 
@@ -217,7 +219,9 @@ def draw_parallel(model: models.DiffusionModel, rows: int = 300) -> None:
         lengths = sorted(n for n, found in grouped.items() if len(found) >= 5)
         longest = max(longest, *lengths)
         name = "one token per evaluation" if threshold is None else f"threshold = {threshold}"
-        axes.plot(lengths, [np.mean(grouped[n]) for n in lengths], "o-", color=colour, label=f"{name}: exact match {match:.3f}", markersize=4)
+        axes.plot(
+            lengths, [np.mean(grouped[n]) for n in lengths], "o-", color=colour, label=f"{name}: exact match {match:.3f}", markersize=4
+        )
     axes.plot([1, longest], [2, longest + 1], "--", color=RED, label="an autoregressive model: tokens + end of sequence")
     axes.set(xlabel="tokens of the answer", ylabel="network evaluations", ylim=(0, None))
     axes.grid(alpha=0.3)

@@ -40,7 +40,7 @@ date.
 | a command | `--set FIELD=VALUE`, of the command's own stage; `--set STAGE.FIELD=VALUE` of another that it reads | `--set max_steps=100` |
 | `plan` | `--set STAGE.FIELD=VALUE` | `--set sft.max_steps=100` |
 | the flow | `--overrides 'STAGE.FIELD=VALUE ...'` | `--overrides 'sft.max_steps=100 pretrain.enabled=false'` |
-| a recipe of your own | TOML, `[STAGE]` with `FIELD = VALUE`; `[mdlm.STAGE]` and `[bd3lm.STAGE]` for one objective | `[sft]` `max_steps = 100` |
+| a recipe of your own | TOML: `[STAGE]`, or `[mdlm.STAGE]` for one objective, with `FIELD = VALUE` | `[sft]` `max_steps = 100` |
 
 Values are JSON (`3`, `1e-4`, `true`, `null`, `["a", "b"]`) or else plain text. Later ones win: the defaults, the preset's base, the preset,
 its table for the objective, overrides. `compute` is read before a run starts: the flow takes it from the recipe alone.
@@ -94,7 +94,7 @@ def preset(name: str) -> list[str]:
     for key in recipes[0]:
         values = [json.dumps(recipe[key], ensure_ascii=False) for recipe in recipes]
         if key not in ("name", "objective") and any(value != json.dumps(plain.get(key), ensure_ascii=False) for value in values):
-            rows.append((f"`{key}`", *(f"`{value}`" for value in values)))
+            rows.append((f"`{key}`", f"`{values[0]}`", "the same" if values[1] == values[0] else f"`{values[1]}`"))
     told = table(("field", *OBJECTIVES), rows) if rows else ["It changes nothing."]
     return ["", f"### {name}", "", presets.summary(name), "", *told]
 
@@ -108,7 +108,8 @@ def commands(group: argparse.ArgumentParser, path: str) -> list[str]:
                 lines += commands(below, f"{path} {name}")
         elif action.dest not in ("help", "arguments"):
             shown = ", ".join(action.option_strings) or str(action.metavar)
-            takes = f" {action.metavar or ('{' + ','.join(map(str, action.choices)) + '}' if action.choices else '')}".rstrip()
+            choices = "{" + ",".join(map(str, action.choices or ())) + "}"
+            takes = f" {action.metavar or (choices if action.choices else action.dest.upper())}"
             takes = takes if action.option_strings and action.nargs != 0 else ""
             rows.append((f"`{shown}{takes}`", ("required; " if action.required and action.option_strings else "") + (action.help or "")))
     if rows:
