@@ -80,14 +80,13 @@ def figure(width: float = 8, height: float = 4, columns: int = 1) -> tuple[Any, 
 
 
 def bars(axes: Any, groups: Sequence[str], series: dict[str, Sequence[float]], *, title: str, ylabel: str) -> None:
-    """Groups of bars on a logarithmic scale, each with its number."""
+    """Groups of bars, each with its number."""
     width = 0.8 / len(series)
     for i, (name, values) in enumerate(series.items()):
         at = [group + (i - (len(series) - 1) / 2) * width for group in range(len(groups))]
         drawn = axes.bar(at, values, width, label=name)
         axes.bar_label(drawn, [f"{value:,.0f}" for value in values], fontsize=7, padding=1)
     axes.set_xticks(range(len(groups)), groups, fontsize=8)
-    axes.set_yscale("log")
     axes.margins(y=0.15)
     axes.set_title(title, fontsize=10)
     axes.set_ylabel(ylabel)

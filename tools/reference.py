@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 from a2d_core import presets  # noqa: E402
 from a2d_core.__main__ import _type_name, parser  # noqa: E402
-from a2d_core.config import OBJECTIVES, ComputeConfig, Recipe, StepCompute, describe, to_dict  # noqa: E402
+from a2d_core.config import OBJECTIVES, ComputeConfig, Recipe, StepCompute  # noqa: E402
+from a2d_core.settings import describe, to_dict  # noqa: E402
 
 PAGE = ROOT / "docs" / "REFERENCE.md"
 STAGES = {
