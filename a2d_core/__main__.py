@@ -253,6 +253,7 @@ def _type_name(annotation: str) -> str:
         "tuple[str, ...]": "list of texts",
         "dict[str, str]": "table of texts",
         "tuple[int, ...]": "list of integers",
+        "tuple[Toleration, ...]": "list of tolerations",
     }
     return " or ".join(words[part] for part in annotation.split(" | "))
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from a2d_core import presets  # noqa: E402
 from a2d_core.__main__ import _type_name, parser  # noqa: E402
-from a2d_core.config import OBJECTIVES, ComputeConfig, Recipe, StepCompute  # noqa: E402
+from a2d_core.config import OBJECTIVES, ComputeConfig, Recipe, StepCompute, Toleration  # noqa: E402
 from a2d_core.settings import describe, to_dict  # noqa: E402
 
 PAGE = ROOT / "docs" / "REFERENCE.md"
@@ -76,7 +76,8 @@ def stages() -> list[str]:
             lines += ["", f"`{name}` has another default: {differing}."]
     lines += ["", "## compute", "", *fields(ComputeConfig())]
     steps = ", ".join(f"`compute.{field.name}`" for field in dataclasses.fields(ComputeConfig) if field.type == "StepCompute")
-    return [*lines, "", f"Each of {steps} has these:", "", *fields(StepCompute())]
+    lines += ["", f"Each of {steps} has these:", "", *fields(StepCompute())]
+    return [*lines, "", "A toleration has these:", "", *fields(Toleration(key=""))]
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
