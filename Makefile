@@ -29,12 +29,9 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(PYTEST)
 
-# All of it: also the flow killed at 20 random moments on the local datastore and on S3, which takes most of an hour.
+# All of it: also the flow killed at 20 random moments on the local datastore and on S3, and a team's MLflow on PostgreSQL: most of an hour.
 test-all: .venv/installed-dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "long or not long" --numprocesses=auto --maxprocesses=4 --dist=loadfile
-
-test-all: .venv/installed-dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile -m "long or not long"
+	$(PYTEST) -m "long or not long"
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
