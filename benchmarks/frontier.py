@@ -85,7 +85,7 @@ def plot(found: dict[str, list[dict[str, Any]]]) -> Any:
         panel.set_title(f"{objective}: answers of {LONG} letters or more", fontsize=10)
         panel.set_xlabel("tokens per network evaluation")
         panel.set_ylabel("exact match ± standard error")
-        panel.legend(fontsize="small", loc="lower left")
+    figure.legend(*panel.get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=4)
     return figure
 
 
