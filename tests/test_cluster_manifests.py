@@ -21,6 +21,7 @@ from a2d_core.settings import build
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ("start", "convert", "pretrain", "sft", "sample", "evaluate", "register", "end")
 PROFILES = {"convert": "convert", "pretrain": "train", "sft": "train", "sample": "generate", "evaluate": "generate"}
+PROFILES_ON_NODES = {"pretrain": "register", "pretrain_on_nodes": "train", "sft": "register", "sft_on_nodes": "train"}
 SECRET = "hf_this_value_must_not_leave_the_machine"
 IMAGE = "your-org/a2d:configured"
 OURS = """
@@ -106,8 +107,9 @@ def test_argo_and_kubernetes_accept_a_preset_and_each_step_asks_for_what_its_pro
     assert SECRET not in json.dumps(manifest)
     templates = {template["name"]: template for template in manifest["spec"]["templates"] if template.get("container")}
     assert set(STEPS) <= set(templates)
+    profiles = PROFILES | (PROFILES_ON_NODES if compute.train.nodes > 1 else {})  # there a training step calls the nodes together
     for step in STEPS:
-        need, template = getattr(compute, PROFILES.get(step, "register")), templates[step]
+        need, template = getattr(compute, profiles.get(step, "register")), templates[step]
         container = template["container"]
         kubernetes_validate.validate(job(template), kubernetes_validate.latest_version(), strict=True)
         assert container["image"] == (need.image or compute.image or IMAGE)

@@ -65,7 +65,8 @@ def supervised(row):
 
 
 def seen_by_sampling(tokenizer, messages):
-    return models.DiffusionModel.encode_messages(SimpleNamespace(tokenizer=tokenizer, network=SimpleNamespace(name_or_path="")), messages)
+    model = SimpleNamespace(tokenizer=tokenizer, require_chat_template=lambda remedy: None)
+    return models.DiffusionModel.encode_messages(model, messages)
 
 
 def answers(rows, tokenizer=TOKENIZER):

@@ -118,7 +118,7 @@ def test_a_group_reads_a_folder_for_each_of_its_tasks_and_is_their_mean(checkpoi
         (("hellaswag",), {"datasets": {"hellaswag": "nowhere"}}, "'nowhere', the data of 'hellaswag', is not a directory"),
         (("hellaswag",), {"datasets": {"hellswag": "here"}}, "unknown task 'hellswag'"),
         (("arc_easy",), {"datasets": {}}, "'arc_easy' cannot be loaded .*HF_HUB_OFFLINE"),
-        (("hellaswag", "gsm8k_cot"), {}, r"task 'gsm8k_cot': a request has a context of 2\d\d\d tokens and an answer of 2000"),
+        (("hellaswag", "gsm8k_cot"), {}, r"task 'gsm8k_cot': a request of 2\d\d\d tokens with an answer of 2000 needs 4\d\d\d positions"),
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_refused_before_any_work(names, changes, message, checkpoints, datasets, tmp_path, no_forward, monkeypatch):

@@ -251,7 +251,7 @@ def test_a_preset_runs_from_convert_to_register(name: str, objective: str, stand
 def test_a_preset_runs_through_the_flow(name: str, objective: str, stand_ins: Path, tmp_path: Path) -> None:
     file = stand_in(name, stand_ins, tmp_path)
     recipe = presets.resolve(presets.read(str(file)), objective)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("METAFLOW_")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("METAFLOW_", "MLFLOW_"))}
     environment |= {"USER": "root", "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(tmp_path), "TMPDIR": str(tmp_path)}
     flow = [sys.executable, str(ROOT / "flows" / "a2d_flow.py"), "--config-value", "preset", str(file), "run", "--objective", objective]
     done = subprocess.run(flow, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 FOLDER = os.environ.get("A2D_KILL")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def die(point):
@@ -51,6 +52,7 @@ def around(owner, name, before=None, after=None):
 
 def arm(step):
     """Arm the points of a step: module attributes that the flow calls are wrapped."""
+    sys.path.insert(0, str(ROOT))  # the flow does so later
     from a2d_core import store
 
     if step == "start":
