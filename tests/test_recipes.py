@@ -35,7 +35,7 @@ CHANGED = {
     "compute": {"platform", "convert", "train", "generate"},
 }
 """All that a stand-in may have otherwise than its preset."""
-IN_THE_FLOW = {"qwen3-0.6b-openwebtext": ("bd3lm",), "published-sft": ("mdlm",)}
+IN_THE_FLOW = {"qwen3-0.6b-openwebtext": ("bd3lm",)}
 """What every run of the tests takes through the flow; the others are marked long."""
 IN_PROCESS = {
     "default": ("bd3lm",),

@@ -163,7 +163,7 @@ def assert_like(place, straight):
         assert found[part] == expected[part], part
 
 
-@pytest.mark.parametrize("datastore", ["local", "s3"])
+@pytest.mark.parametrize("datastore", ["local", pytest.param("s3", marks=pytest.mark.long)])
 def test_killed_at_each_named_point_and_resumed_it_ends_like_a_straight_run(datastore, straight, tmp_path, request):
     place = Place(tmp_path / "place", **environment_of(datastore, request))
     armed = place.armed(*POINTS)
