@@ -235,7 +235,7 @@ def ratio(above: float | None, below: float | None) -> str:
 # --- the plot and the page ------------------------------------------------------------------------
 
 
-def plot(summary: Row, across: str = "network evaluations per answer") -> bytes:
+def plot(summary: Row) -> bytes:
     """A PNG: the score of each task against its `evaluations`, and a line for each field that the frontier tries."""
     from matplotlib.figure import Figure  # without pyplot, which would look for a screen
 
@@ -254,7 +254,7 @@ def plot(summary: Row, across: str = "network evaluations per answer") -> bytes:
                 value = point["sampler"].partition("=")[2]
                 axes.annotate(value, (point["evaluations"], point["value"]), (3, 4), textcoords="offset points", fontsize=7)
         _bars(axes, [row], label=name, color=next(colours), marker="*", markersize=12)
-    axes.set_xlabel(across)
+    axes.set_xlabel("network evaluations per answer")
     axes.set_ylabel("score")
     axes.margins(y=0.15)
     axes.grid(alpha=0.3)
