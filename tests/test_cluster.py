@@ -127,6 +127,7 @@ def on_kubernetes(place, aws, tracking, name, extra="", **more):
     return cluster, outcome[1]
 
 
+@pytest.mark.long
 def test_on_kubernetes_each_step_runs_from_the_package_and_a_killed_one_goes_on_from_its_checkpoint(place, aws, tracking):
     cluster, _ = on_kubernetes(place, aws, tracking, "kubernetes", QUICK)
     for job in cluster.of_step("sft"):
