@@ -69,7 +69,7 @@ def fastest(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def plot(found: dict[str, list[dict[str, Any]]]) -> Any:
     """A panel for each objective, a line for each field that is tried, and the reference as a star."""
     figure, axes = shared.figure(5.5 * len(found), 4, len(found))
-    for panel, (objective, (reference, *rows)) in zip([axes] if len(found) == 1 else axes, found.items(), strict=True):
+    for panel, (objective, (reference, *rows)) in zip(axes, found.items(), strict=True):
         panel.axhline(reference["value"] - MOST_LOST, color="grey", linewidth=0.7, linestyle=":")
         panel.plot(reference["tokens_per_evaluation"], reference["value"], "*", markersize=12, label=REFERENCE)
         for field in dict.fromkeys(row["sampler"].partition("=")[0] for row in rows):

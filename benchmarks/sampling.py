@@ -167,7 +167,7 @@ def plot(rows: list[dict[str, Any]]) -> Any:
     """Tokens per second of each method, greedy, a panel for each vocabulary."""
     vocabularies = sorted({row["vocabulary"] for row in rows})
     figure, axes = shared.figure(11, 4, len(vocabularies))
-    for panel, vocabulary in zip([axes] if len(vocabularies) == 1 else axes, vocabularies, strict=True):
+    for panel, vocabulary in zip(axes, vocabularies, strict=True):
         cells = [row for row in rows if row["vocabulary"] == vocabulary and row["temperature"] == 0]
         groups = list(dict.fromkeys(f"batch {row['batch']}\nprompt {row['prompt']}" for row in cells))
         series: dict[str, list[float]] = {}

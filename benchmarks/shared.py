@@ -67,12 +67,12 @@ def keep(output_dir: Path | None, rows: Any, plot: Any = None) -> None:
 
 
 def figure(width: float = 8, height: float = 4, columns: int = 1) -> tuple[Any, Any]:
-    """A matplotlib figure, which needs no screen, and its axes."""
+    """A matplotlib figure, which needs no screen, and the axes of each column."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(width, height), layout="constrained")
-    axes = made.subplots(1, columns)
-    for one in [axes] if columns == 1 else axes:
+    axes = made.subplots(1, columns, squeeze=False)[0]
+    for one in axes:
         one.grid(alpha=0.3)
         one.set_axisbelow(True)
         one.spines[["top", "right"]].set_visible(False)

@@ -214,7 +214,7 @@ def plot(rows: list[dict[str, Any]]) -> Any:
     """Supervised tokens per second of both methods, a panel for each vocabulary."""
     vocabularies = sorted({row["vocabulary"] for row in rows})
     figure, axes = shared.figure(11, 4, len(vocabularies))
-    for panel, vocabulary in zip([axes] if len(vocabularies) == 1 else axes, vocabularies, strict=True):
+    for panel, vocabulary in zip(axes, vocabularies, strict=True):
         cells = [row for row in rows if row["vocabulary"] == vocabulary]
         groups = list(dict.fromkeys(f"{'SFT' if row['rows'] == 'sft' else 'text'} {row['length']}\n{row['precision']}" for row in cells))
         series = {name: [row["supervised_s"] for row in cells if row["method"] == name] for name in METHODS}

@@ -75,7 +75,7 @@ def ratio(base_DX: torch.Tensor, other_DX: torch.Tensor, resamples: int = 1000) 
 
 def plot(means: list[torch.Tensor]) -> Any:
     """How the cross-entropy falls with t."""
-    figure, axes = shared.figure(5, 3.2)
+    figure, (axes,) = shared.figure(5, 3.2)
     axes.plot([(i + 0.5) / 10 for i in range(10)], means, marker="o", markersize=4)
     axes.set_xlabel("diffusion time t: the share of tokens that are masked")
     axes.set_ylabel("cross-entropy, nats per masked token")

@@ -217,10 +217,15 @@ def test_a_stopped_parent_leaves_no_orphan(tmp_path, signal_number):
         assert parent.returncode == -signal_number
         _until(lambda: not any(_alive(pid) for pid in _pids(tmp_path)), seconds=60)
     finally:
-        for pid in {parent.pid, *_pids(tmp_path)}:
-            if _alive(pid):
-                os.kill(pid, signal.SIGKILL)
-        parent.wait(10)
+        _end(parent, tmp_path)
+
+
+def _end(process: subprocess.Popen, folder: Path) -> None:
+    """SIGKILL to a process and to the workers and agents that have written their ids."""
+    for pid in {process.pid, *_pids(folder)}:
+        if _alive(pid):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(10)
 
 
 def _pids(folder: Path) -> set[int]:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from test_launch import HERE, _alive, _pids, _until, nodes, on_nodes, workers_find_this_file  # noqa: F401
+from test_launch import HERE, _alive, _end, _pids, _until, nodes, on_nodes, workers_find_this_file  # noqa: F401
 
 from a2d_core import launch
 from a2d_core.config import UserError
@@ -33,10 +33,7 @@ def running(nodes, tmp_path):  # noqa: F811
             yield node_0, node_1, *(int((tmp_path / f"{rank}.pid").read_text().split()[1]) for rank in (0, 1))
             _until(lambda: not any(_alive(pid) for pid in _pids(tmp_path)), seconds=60)
         finally:
-            for pid in {node_1.pid, *_pids(tmp_path)}:
-                if _alive(pid):
-                    os.kill(pid, signal.SIGKILL)
-            node_1.wait(10)
+            _end(node_1, tmp_path)
 
 
 def check_lost(node: Future, words: str) -> None:
