@@ -19,6 +19,8 @@ from a2d_core.noise import hashed_uniform
 
 CHUNK = {"cpu": 1 << 12, "cuda": 1 << 15}
 """Tokens of the vocabulary that are read at once: on a CPU, logits that stay in its cache."""
+GROUP = 64
+"""Neighbours that are put together before a row is searched, because torch on a CPU searches a row one number at a time."""
 FILTER_ELEMENTS = 1 << 22
 """Logits held at once where top-k or top-p must see the whole vocabulary."""
 NUCLEUS = 1024
@@ -103,19 +105,22 @@ class Reader:
             uniform_MC2 = hashed_uniform(self.seed, 1, *(key[:, None, None] for key in keys), chunk_C1, use_2)
         for number, start in enumerate(starts):
             logits_MC = self._logits(hidden, start, min(start + width, len(self.weight_VH)), early_M)
-            best_M, index_M = logits_MC.max(-1)
+            best_M, index_M = highest(logits_MC)
             before_M, state.best = state.best, torch.maximum(state.best, best_M)
             fade_M = (before_M - state.best).exp()
+            share_MC, total_M = shares(logits_MC, best_M, state.best)
             if self.config.policy == "margin":
                 second_M = logits_MC.topk(min(2, logits_MC.shape[1])).values[:, -1]
                 state.second = torch.stack([state.second, second_M, torch.minimum(before_M, best_M)]).amax(0)
-            shifted_MC = logits_MC.sub_(state.best[:, None])
-            weight_MC = shifted_MC.exp()
             if self.wants_entropy:
-                state.weighted = fade_M * (state.weighted + (before_M - state.best) * state.total) + (weight_MC * shifted_MC).sum(-1)
-            state.total = fade_M * state.total + weight_MC.sum(-1)
+                mean_M = (share_MC * (logits_MC - best_M[:, None])).sum(-1) + best_M - state.best
+                state.weighted = fade_M * (state.weighted + (before_M - state.best) * state.total) + total_M * mean_M
+            state.total = fade_M * state.total + total_M
             if self.config.temperature > 0:
-                self._draw(state, before_M, shifted_MC, weight_MC, start, uniform_MC2[:, number])
+                if self.config.temperature != 1:
+                    warm = (x / self.config.temperature for x in (logits_MC, best_M, state.best))
+                    share_MC, total_M = shares(*warm)
+                self._draw(state, before_M, logits_MC, share_MC, total_M, start, uniform_MC2[:, number])
             else:
                 is_better_M = best_M > before_M
                 state.token = torch.where(is_better_M, index_M + start, state.token)
@@ -135,18 +140,18 @@ class Reader:
                 logits_MC[:, token - start].masked_fill_(early_M, NEVER)
         return logits_MC
 
-    def _draw(self, state: _Running, before_M: Tensor, shifted_MC: Tensor, weight_MC: Tensor, start: int, uniform_M2: Tensor) -> None:
+    def _draw(
+        self, state: _Running, before_M: Tensor, logits_MC: Tensor, share_MC: Tensor, total_M: Tensor, start: int, uniform_M2: Tensor
+    ) -> None:
         """Draw from this chunk, and let the draw replace the one before with the chunk's share of all weights so far."""
-        warmth = self.config.temperature
-        if warmth != 1:
-            weight_MC = (shifted_MC / warmth).exp()
         if self.filters:
-            weight_MC = weight_MC.masked_fill(weight_MC < kept_floor(weight_MC, self.config.top_k, self.config.top_p), 0)
-        index_M, sum_M = draw(weight_MC, uniform_M2[:, 0])
-        state.drawn = state.drawn * ((before_M - state.best) / warmth).exp() + sum_M
-        is_new_M = uniform_M2[:, 1] * state.drawn < sum_M
+            share_MC = share_MC.masked_fill(share_MC < kept_floor(share_MC, self.config.top_k, self.config.top_p), 0)
+        index_M, kept_M = draw(share_MC, uniform_M2[:, 0])
+        weight_M = kept_M * total_M
+        state.drawn = state.drawn * ((before_M - state.best) / self.config.temperature).exp() + weight_M
+        is_new_M = uniform_M2[:, 1] * state.drawn < weight_M
         state.token = torch.where(is_new_M, index_M + start, state.token)
-        state.logit = torch.where(is_new_M, shifted_MC.gather(1, index_M[:, None])[:, 0] + state.best, state.logit)
+        state.logit = torch.where(is_new_M, logits_MC.gather(1, index_M[:, None])[:, 0], state.logit)
 
     def _proposal(self, state: _Running) -> Proposal:
         log_sum_M = state.best + state.total.log()
@@ -155,21 +160,41 @@ class Reader:
         return Proposal(state.token, state.logit - log_sum_M, margin, entropy)
 
 
-def draw(weight_MC: Tensor, uniform_M: Tensor, group: int = 64) -> tuple[Tensor, Tensor]:
+def shares(logits_MC: Tensor, best_M: Tensor, reference_M: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax of each row, and its sum of exp(logit - reference): the best one's share is exp(0) over the row's own sum."""
+    share_MC = logits_MC.softmax(-1)
+    return share_MC, (best_M - reference_M).exp() / share_MC.amax(-1)
+
+
+def grouped(x_MC: Tensor, fill: float) -> Tensor:
+    """A row's numbers [M, C] as groups [M, C / GROUP, GROUP] of neighbours, the last one filled up."""
+    missing = -x_MC.shape[1] % GROUP
+    return (F.pad(x_MC, (0, missing), value=fill) if missing else x_MC).unflatten(1, (-1, GROUP))
+
+
+def highest(logits_MC: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row and the first index at which it stands."""
+    logits_MGC = grouped(logits_MC, -torch.inf)
+    best_M, group_M = logits_MGC.amax(-1).max(-1)
+    inner_MC = logits_MGC.gather(1, group_M[:, None, None].expand(-1, 1, GROUP))[:, 0]
+    return best_M, group_M * GROUP + inner_MC.argmax(-1)
+
+
+def draw(weight_MC: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
     """An index drawn in proportion to the weights of each row, and their sum; one with weight 0 is not drawn.
 
-    By inversion, first of the sums of `group` weights, then within the group: a running sum over all of them is slow.
+    By inversion, first of the groups' sums, then within the group: a running sum over all of them is slow.
     """
-    weight_MGC = F.pad(weight_MC, (0, -weight_MC.shape[1] % group)).unflatten(1, (-1, group))
+    weight_MGC = grouped(weight_MC, 0)
     sum_MG = weight_MGC.sum(-1)
     upto_MG = sum_MG.cumsum(-1)
     total_M1 = upto_MG[:, -1:]
     target_M1 = uniform_M[:, None].to(total_M1.dtype) * (1 - 1e-6) * total_M1  # below the total, however it is rounded
     group_M1 = torch.searchsorted(upto_MG, target_M1, right=True).clamp(max=upto_MG.shape[1] - 1)
-    inner_MC = weight_MGC.gather(1, group_M1[:, :, None].expand(-1, -1, group))[:, 0].cumsum(-1)
+    inner_MC = weight_MGC.gather(1, group_M1[:, :, None].expand(-1, -1, GROUP))[:, 0].cumsum(-1)
     rest_M1 = target_M1 - (upto_MG - sum_MG).gather(1, group_M1)
     rest_M1 = torch.minimum(rest_M1.clamp(min=0), inner_MC[:, -1:] * (1 - 1e-6))
-    index_M = (inner_MC <= rest_M1).sum(-1).clamp(max=group - 1) + group_M1[:, 0] * group
+    index_M = (inner_MC <= rest_M1).sum(-1).clamp(max=GROUP - 1) + group_M1[:, 0] * GROUP
     return index_M.clamp(max=weight_MC.shape[1] - 1), total_M1[:, 0]
 
 

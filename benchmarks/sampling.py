@@ -27,6 +27,8 @@ from typing import Any
 import shared
 
 BLOCK = 32
+REPORTED = (151936, 8, 512)
+"""Vocabulary, batch and prompt of the ratios: measured in three rounds of all methods, and the median taken."""
 
 
 def build(vocabulary: int) -> Any:
@@ -189,6 +191,27 @@ def runs_with(temperature: float, quick: bool) -> list[tuple[str, int]]:
     return few if quick else few + many[1:] + others
 
 
+def measure_all(quick: bool) -> list[dict[str, Any]]:
+    """Print the table, a line as it is measured, and return its rows."""
+    vocabularies, batches, lengths, new_tokens = (2048, 151936), (1, 8), (32, 512), 128
+    if quick:
+        (vocabularies, batches, lengths), new_tokens = ((value,) for value in REPORTED), 2 * BLOCK
+    print(f"{'vocabulary':>10}{'batch':>7}{'prompt':>8}{'temperature':>13}{'steps':>7}  {'method':<10}{'tokens/s':>10}{'evaluations':>13}{'peak MiB':>10}")  # fmt: skip  # noqa: E501
+    rows = []
+    for *shape, temperature in itertools.product(vocabularies, batches, lengths, (0.0, 1.0)):
+        cell = dict(zip(("vocabulary", "batch", "prompt", "temperature"), (*shape, temperature), strict=True))
+        once = {**cell, "new_tokens": new_tokens, "repeats": 3 if shape[0] == 2048 else 1}
+        runs = [{**once, "method": method, "steps_per_block": per_block} for method, per_block in runs_with(temperature, quick)]
+        number = 3 if tuple(shape) == REPORTED and not quick else 1
+        rounds = [[shared.in_a_process(__file__, run) for run in runs] for _ in range(number)]
+        for run, *found in zip(runs, *rounds, strict=True):
+            steps = run["steps_per_block"] * 4 if run["method"] in ("plain", "ours") else "-"
+            medians = {name: statistics.median(one[name] for one in found) for name in ("tokens_s", "nfe", "mib")}
+            rows.append(row := {**cell, "method": run["method"], "steps": steps, **medians})
+            print("{vocabulary:>10,}{batch:>7}{prompt:>8}{temperature:>13}{steps:>7}  {method:<10}{tokens_s:>10,.1f}{nfe:>13}{mib:>10,.0f}".format(**row), flush=True)  # fmt: skip  # noqa: E501
+    return rows
+
+
 def main() -> None:
     parser = shared.parser(__doc__, "one vocabulary, batch and prompt, two blocks, a quarter of the training")
     parser.add_argument("--model", type=Path, help="trained tiny checkpoint, to spare its training")
@@ -197,24 +220,13 @@ def main() -> None:
     if options.cell:
         print(json.dumps(measure_cell(json.loads(options.cell))))
         return
-    vocabularies, batches, lengths, new_tokens = (2048, 151936), (1, 8), (32, 512), 128
-    if options.quick:
-        vocabularies, batches, lengths, new_tokens = (151936,), (8,), (512,), 2 * BLOCK
-    print(f"{'vocabulary':>10}{'batch':>7}{'prompt':>8}{'temperature':>13}{'steps':>7}  {'method':<10}{'tokens/s':>10}{'evaluations':>13}{'peak MiB':>10}")  # fmt: skip  # noqa: E501
-    rows: list[dict[str, Any]] = []
-    speed: dict[tuple[Any, ...], float] = {}
-    for vocabulary, batch, prompt, temperature in itertools.product(vocabularies, batches, lengths, (0.0, 1.0)):
-        for method, per_block in runs_with(temperature, options.quick):
-            cell = {"vocabulary": vocabulary, "batch": batch, "prompt": prompt, "temperature": temperature, "method": method}
-            repeats = 3 if vocabulary == 2048 and not options.quick else 1
-            found = shared.in_a_process(__file__, {**cell, "steps_per_block": per_block, "new_tokens": new_tokens, "repeats": repeats})
-            steps = per_block * 4 if method in ("plain", "ours") else "-"
-            rows.append({**cell, "steps": steps, **found})
-            speed[vocabulary, batch, prompt, temperature, method, steps] = found["tokens_s"]
-            print(f"{vocabulary:>10,}{batch:>7}{prompt:>8}{temperature:>13}{steps:>7}  {method:<10}{found['tokens_s']:>10,.1f}{found['nfe']:>13}{found['mib']:>10,.0f}", flush=True)  # fmt: skip  # noqa: E501
+    rows = measure_all(options.quick)
+    speed = {
+        (*(row[name] for name in ("vocabulary", "batch", "prompt", "temperature", "method", "steps")),): row["tokens_s"] for row in rows
+    }
 
     def ratio(steps: int, temperature: float) -> float:
-        ours, plain = (speed[151936, 8, 512, temperature, method, steps] for method in ("ours", "plain"))
+        ours, plain = (speed[*REPORTED, temperature, method, steps] for method in ("ours", "plain"))
         return ours / plain
 
     with tempfile.TemporaryDirectory() as folder:
