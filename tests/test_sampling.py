@@ -348,6 +348,12 @@ def test_a_draw_inverts_the_running_sum_and_never_takes_what_has_no_weight(weigh
     assert upto[index] - weights[index] - slack <= u * upto[-1] <= upto[index] + slack
 
 
+@given(logits=st.lists(st.sampled_from([policies.NEVER, -3.0, 0.0, 2.5]), min_size=1, max_size=3 * policies.GROUP))
+def test_of_equally_high_logits_the_first_is_found(logits: list[float]) -> None:
+    (best,), (index,) = policies.highest(torch.tensor([logits]))
+    assert best == max(logits) and index == logits.index(max(logits))
+
+
 @pytest.mark.parametrize(("more", "bend"), [({}, 1.0), ({"temperature": 0.5}, 2.0)])
 def test_draws_follow_the_softmax_though_the_vocabulary_is_read_in_chunks(more: dict, bend: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(policies.CHUNK, "cpu", 17)
