@@ -1,8 +1,9 @@
 """The sandbox: programs that a model has written, run one by one in a process of their own, with little time, memory and nothing else.
 
-A program gets an empty directory in memory, a read-only view of the file system, no network, no other process, an empty
-environment, and limits on time, memory and file size; what it prints is thrown away. `code_eval` stands in for the
-metric of that name, from which the tasks of lm-eval (HumanEval, MBPP) take pass@k.
+A program gets an empty directory in memory, a read-only view of the file system, no network, no other process, nothing of
+this environment, and limits on time, memory and file size; what it prints is thrown away. `code_eval` stands in for the
+metric of that name, from which the tasks of lm-eval (HumanEval, MBPP) take pass@k. A program's tests run in its own process, as
+the tasks define it, so that one that is out to look right can.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from a2d_core.config import UserError
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 NO_NAMESPACES = 97  # exit code of the child where the kernel refuses
+ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}  # numpy starts threads otherwise, which it may not
 Isolation = str
 
 
@@ -60,7 +62,8 @@ def run(program: str, isolation: Isolation = "namespaces", limits: Limits = Limi
         numbers = (limits.cpu_seconds, limits.memory_mb, limits.file_mb)
         child = subprocess.Popen(
             [sys.executable, "-I", str(CHILD), isolation, directory, *map(str, numbers)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={}, cwd=directory, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ENVIRONMENT, cwd=directory,
+            start_new_session=True,
         )  # fmt: skip
         try:
             said, _ = child.communicate(f"{word}\n{program}".encode("utf-8", "replace"), timeout=limits.wall_seconds)
