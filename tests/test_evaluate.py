@@ -4,9 +4,9 @@ import json
 import math
 import os
 import shutil
+import statistics
 from dataclasses import replace
 
-import families
 import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
@@ -19,17 +19,6 @@ from a2d_core.stages import evaluate
 SAMPLE = SampleConfig(threshold=0.9)
 SMALL = EvaluateConfig(limit=2, text_rows=3, text_length=32, nelbo_samples=2)
 NO_TASKS = EvaluateConfig(tasks=(), text_rows=3, text_length=32, nelbo_samples=2)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """The directory of a tiny autoregressive model with random weights."""
-    return families.save_source(tmp_path_factory.mktemp("source"), layers=1, max_position_embeddings=128)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(source, tmp_path_factory):
-    return families.convert_both(source, tmp_path_factory.mktemp("converted"))
 
 
 def task_file(directory, **fields):
@@ -52,8 +41,10 @@ def test_the_stage_scores_tasks_and_text_and_repeats_to_the_digit(objective, che
         assert row["metric"] == "exact_match"
         assert row["value"] == row["baseline"]
         assert row["documents"] == (2 if row["task"] in embedded.TASKS else 10)
+    assert set(results["questions"]) == {"a2d_words/exact_match", "text/nelbo"}  # of what stands for the tasks that were asked for
     text = results["text"]
     assert text["tokens"] == 3 * 31
+    assert statistics.fmean(results["questions"]["text/nelbo"].values()) == pytest.approx(text["nelbo"])
     assert text["nelbo"] == pytest.approx(text["baseline_nelbo"])
     assert text["perplexity_bound"] == pytest.approx(math.exp(text["nelbo"]))
     assert text["stderr"] > 0
@@ -92,7 +83,8 @@ def test_the_group_is_the_mean_of_its_tasks_each_alike():
 
 def test_tasks_that_fail_on_the_same_words_are_no_more_certain_than_one():
     scores = {"a": 1.0, "b": 0.0, "c": 1.0, "d": 1.0}
-    samples = [{"doc": {"word": word}, "exact_match": score} for word, score in scores.items()]
+    known = {"filter": "none", "doc_hash": "", "prompt_hash": ""}
+    samples = [{"doc": {"word": word}, "doc_id": i, "exact_match": score, **known} for i, (word, score) in enumerate(scores.items())]
     numbers = {"exact_match,none": 0.75, "exact_match_stderr,none": 0.25}
     results = {
         "results": {task: {**numbers, "sample_len": 4} for task in embedded.TASKS} | {"a2d_words": {**numbers, "sample_len": 20}},

@@ -83,6 +83,24 @@ def test_the_definitions_own_code_made_the_prompts(results):
     assert "Robert is an actor, and" in samples["wikitext"][0]["arguments"][0][0]  # the detokenizer
 
 
+def test_a_metric_is_the_mean_of_its_parts_by_question_where_it_is_a_mean(results):
+    main = {f"{row['task']}/{row['metric']}": row for row in results[0]["tasks"] if row["is_main"]}
+    assert {name for name, parts in results[0]["questions"].items() if not parts} == {"wikitext/word_perplexity"}
+    for name, parts in ((name, parts) for name, parts in results[0]["questions"].items() if parts):
+        assert sum(parts.values()) / len(parts) == pytest.approx(main[name]["value"])
+        assert len(parts) == main[name]["documents"] == 3
+
+
+def test_the_parts_of_a_groups_mean_weigh_as_its_tasks_do():
+    samples = {
+        task: [{"doc_id": i, "doc_hash": "", "prompt_hash": "", "filter": "none", "acc": float(i == 0)} for i in range(count)]
+        for task, count in (("few", 1), ("many", 3))
+    }
+    for value, weights in ((0.5, [1.0, 1.0, 0, 0]), (2 / 3, [2.0, 2 / 3, 0, 0])):  # by size, and each task alike
+        found = {"samples": samples, "group_subtasks": {"both": ["few", "many"]}, "results": {"both": {"acc,none": value}}}
+        assert list(evaluate._questions(found, "both", "acc", "none").values()) == pytest.approx(weights)
+
+
 def test_each_answer_has_a_standard_error_and_single_letters_have_none(results):
     samples = results[1]["samples"]
     for row in samples["mmlu_anatomy"]:  # a space and a letter: all three masks of two bytes are summed

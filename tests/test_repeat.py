@@ -4,7 +4,6 @@ import json
 import math
 from importlib.metadata import version
 
-import families
 import pytest
 import torch
 
@@ -15,16 +14,6 @@ from a2d_core.stages import evaluate, repeat
 
 TEXT = "Über allen Gipfeln ist Ruh, in allen Wipfeln spürest du kaum einen Hauch. 🌲\n" * 20
 SETTINGS = "--set limit=2 --set text_rows=3 --set text_length=32 --set nelbo_samples=2 --set sample.temperature=0.7".split()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return families.save_source(tmp_path_factory.mktemp("source"), layers=1, max_position_embeddings=128)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(source, tmp_path_factory):
-    return families.convert_both(source, tmp_path_factory.mktemp("converted"))
 
 
 @pytest.fixture(scope="module")

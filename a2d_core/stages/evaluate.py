@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -69,7 +70,8 @@ def run(
     answer, higher_is_better; `is_main` of the row that stands for a task that was asked for, or an entry of the suite, which
     also has its name (`entry`), num_fewshot and `published`.
     `text`: see `perplexity.summary`; `pretrained_dir` is the checkpoint before fine-tuning, which may forget how to write
-    plain text, `source_dir` the autoregressive model. `frontier`: rows of the tasks with other samplers.
+    plain text, `source_dir` the autoregressive model. `frontier`: rows of the tasks with other samplers. `questions`:
+    TASK/METRIC, of main rows, and text/nelbo -> question -> its part of the value, by which two models are compared.
 
     Beside it: samples.jsonl, every answer; evaluation.json, all that it takes to repeat this; lm_eval.json (lm_eval_2.json ...
     for the parts of a suite with other settings), what lm-eval says; report.html and frontier.png. `processes` > 1 share the
@@ -124,6 +126,7 @@ def work(
     summary["frontier"] = [
         {"sampler": name, **{key: row[key] for key in FRONTIER}} for name, found in frontier for row in summarise(parts, found)
     ]
+    summary["questions"] = _by_question(summary["tasks"], rows_BL, nats_B)
     if PartialState().is_main_process:
         settings = {"evaluate": evaluate, "sample": sample, "seed": seed, "processes": PartialState().num_processes}
         paths = {"model": model_dir, "baseline": baseline_dir, "pretrained": pretrained_dir, "source": source_dir}
@@ -249,32 +252,82 @@ def table(results: Row, baseline: Row | None) -> list[Row]:
             metric, _, variant = key.partition(",")
             if not isinstance(numbers[key], (int, float)):
                 continue
-            members = results["group_subtasks"].get(name, [name])
-            is_words = set(members) <= set(embedded.TASKS)
-            stderr = _words_stderr(results, members) if is_words else numbers.get(f"{metric}_stderr,{variant}")
+            leaves = _leaves(results, name)
+            questions = _questions(results, name, metric, variant)
+            is_words = set(leaves) <= set(embedded.TASKS)
+            stderr = _stderr(list(questions.values())) if is_words else numbers.get(f"{metric}_stderr,{variant}")
             rows.append(
                 {
                     "task": name,
                     "metric": metric if variant == "none" else f"{metric}/{variant}",
                     "value": float(numbers[key]),
                     "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
-                    "chance": sum(map(embedded.chance_level, members)) / len(members) if is_words else None,
+                    "chance": sum(map(embedded.chance_level, leaves)) / len(leaves) if is_words else None,
                     "baseline": float(baseline["results"][name][key]) if baseline else None,
                     "documents": numbers["sample_len"],
                     "failed": _failed(results, name),
                     "evaluations": _mean(results, name, "nfe"),
                     "tokens": _mean(results, name, "tokens"),
                     "higher_is_better": results["higher_is_better"].get(name, {}).get(metric),
+                    "questions": questions,
                 }
             )
     return rows
 
 
+def _leaves(results: Row, name: str) -> list[str]:
+    """The tasks in a group, which have samples; a task is one."""
+    if name in results["samples"]:
+        return [name]
+    return [leaf for member in results["group_subtasks"][name] for leaf in _leaves(results, member)]
+
+
 def _failed(results: Row, name: str) -> int:
     """Documents of a task, or of the tasks of a group, that failed."""
-    if name in results["samples"]:
-        return len({row["doc_id"] for row in results["samples"][name] if row.get("failed")})
-    return sum(_failed(results, member) for member in results["group_subtasks"][name])
+    return sum(len({row["doc_id"] for row in results["samples"][leaf] if row.get("failed")}) for leaf in _leaves(results, name))
+
+
+def _questions(results: Row, name: str, metric: str, variant: str) -> dict[str, float]:
+    """Question -> its part of a metric, which is the mean of these parts; empty where the metric is no mean over documents.
+
+    A question is known by its document and prompt. Word tasks that ask about the same word are one question: they do not err
+    independently.
+    """
+    leaves, value = _leaves(results, name), results["results"][name][f"{metric},{variant}"]
+    answered = {
+        leaf: [row for row in results["samples"][leaf] if row["filter"] == variant and isinstance(row.get(metric), (int, float))]
+        for leaf in leaves
+    }
+    count = sum(map(len, answered.values()))
+    for counts_each_task_alike in (False, True):
+        parts: dict[Any, list[tuple[list[Any], float]]] = defaultdict(list)
+        for leaf, row in ((leaf, row) for leaf, rows in answered.items() for row in rows):
+            weight = 1 / len(answered[leaf]) / len(leaves) if counts_each_task_alike else 1 / count
+            asked = [leaf, *(row[key] for key in ("doc_id", "doc_hash", "prompt_hash"))]
+            parts[row["doc"]["word"] if leaf in embedded.TASKS else (leaf, row["doc_id"])].append((asked, weight * row[metric]))
+        found = {_known_by([asked for asked, _ in some]): len(parts) * sum(part for _, part in some) for some in parts.values()}
+        if found and math.isclose(statistics.fmean(found.values()), value, rel_tol=1e-6, abs_tol=1e-9):
+            return found
+    return {}
+
+
+def _by_question(rows: list[Row], rows_BL: Tensor | None, nats_B: Tensor | None) -> dict[str, dict[str, float]]:
+    """TASK/METRIC of the main rows, and text/nelbo -> their `_questions`, which are taken out of the rows."""
+    each = {f"{row['task']}/{row['metric']}": (row.pop("questions"), row["is_main"]) for row in rows}
+    found = {name: questions for name, (questions, is_main) in each.items() if is_main}
+    if rows_BL is not None and nats_B is not None:
+        per_token = (nats_B / (rows_BL.shape[1] - 1)).tolist()
+        found["text/nelbo"] = dict(zip(map(_known_by, rows_BL.tolist()), per_token, strict=True))
+    return found
+
+
+def _known_by(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def _stderr(parts: Sequence[float]) -> float | None:
+    """Standard error of the mean."""
+    return statistics.stdev(parts) / len(parts) ** 0.5 if len(parts) > 1 else None
 
 
 def summarise(
@@ -285,7 +338,9 @@ def summarise(
     names = [name for found in results for name in found["results"]]
     for i, (part, found) in enumerate(zip(parts, results, strict=False)):  # no results: in all processes but the first
         scores = table(found, baseline[i] if baseline else None)
-        asked = part.entries or [suites.Entry(task) for task in part.evaluate.tasks]
+        with_mean = {row["task"] for row in scores}
+        inner = {member for group, members in found["group_subtasks"].items() if group in with_mean for member in members}
+        asked = part.entries or [suites.Entry(row["task"]) for row in scores if row["task"] not in inner]
         chosen = {_chosen(entry, scores): entry for entry in asked}
         for row in scores:
             entry = chosen.get((row["task"], row["metric"]))
@@ -334,24 +389,13 @@ def sample_rows(results: Row) -> list[Row]:
 
 def _numbers(results: Row, name: str, number: str) -> list[Any]:
     """A number of every document of a task, or of the tasks of a group, that has it; a document has a sample for each filter."""
-    if name not in results["samples"]:
-        return [found for member in results["group_subtasks"][name] for found in _numbers(results, member, number)]
-    return list({row["doc_id"]: row[number] for row in results["samples"][name] if number in row}.values())
+    tasks_of = [results["samples"][leaf] for leaf in _leaves(results, name)]
+    return [found for rows in tasks_of for found in {row["doc_id"]: row[number] for row in rows if number in row}.values()]
 
 
 def _mean(results: Row, name: str, number: str) -> float | None:
     found = _numbers(results, name, number)
     return statistics.fmean(found) if found else None
-
-
-def _words_stderr(results: Row, members: list[str]) -> float | None:
-    """Standard error of the mean over word tasks: over words, since tasks that ask about the same word do not err independently."""
-    by_word = defaultdict(list)
-    for sample in (sample for task in members for sample in results["samples"][task]):
-        if "exact_match" in sample:  # it has not failed
-            by_word[sample["doc"]["word"]].append(sample["exact_match"])
-    means = [statistics.fmean(scores) for scores in by_word.values()]
-    return statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
 
 
 # --- what they share ------------------------------------------------------------------------------
