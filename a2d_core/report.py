@@ -82,7 +82,7 @@ def content(summary: Row, samples: list[Row], record: Row) -> list[Block]:
         blocks += [Text("Quality against evaluations", 2), Image(plot(summary), caption)]
         if summary["frontier"]:
             blocks.append(frontier_table(summary["frontier"]))
-    return [*blocks, *_failures(samples), *_samples(samples)]
+    return [*blocks, *_failures(samples), *_samples(samples, summary["tasks"])]
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -167,19 +167,24 @@ def _failures(samples: list[Row]) -> list[Block]:
     return [Text("Failed samples", 2), Text(f"{len(failed):,} of {len(samples):,}; no mean counts them."), Table(("task", "", "why"), rows)]
 
 
-def _samples(samples: list[Row]) -> list[Block]:
-    """The worst and the best answers: by their score, and among equals by evaluations."""
-    ranked = sorted((row for row in samples if _score(row) is not None), key=lambda row: (_score(row), -(row["nfe"] or 0)))
+def _samples(samples: list[Row], tasks: list[Row]) -> list[Block]:
+    """The worst and the best answers by the metrics that stand for their tasks, and among equals by evaluations."""
+    is_higher_better = {row["metric"]: row["higher_is_better"] is not False for row in tasks if row["is_main"]}
+    ranked: list[tuple[float, Row]] = []
+    for row in samples:
+        named = {name if row["filter"] == "none" else f"{name}/{row['filter']}": value for name, value in row["scores"].items()}
+        found = [(name, value) for name, value in named.items() if name in is_higher_better and isinstance(value, (int, float))]
+        if row["failed"] is not None:
+            ranked.append((-math.inf, row | {"score": None}))
+        elif found:
+            name, value = found[0]
+            ranked.append((value if is_higher_better[name] else -value, row | {"score": value}))
     if not ranked:
         return []
-    worst, best = ranked[:SHOWN], ranked[max(SHOWN, len(ranked) - SHOWN) :][::-1]
+    ordered = [row for _, row in sorted(ranked, key=lambda pair: (pair[0], -(pair[1]["nfe"] or 0)))]
+    worst, best = ordered[:SHOWN], ordered[max(SHOWN, len(ordered) - SHOWN) :][::-1]
     blocks: list[Block] = [Text("Worst samples", 2), _sample_table(worst)]
     return [*blocks, Text("Best samples", 2), _sample_table(best)] if best else blocks
-
-
-def _score(row: Row) -> float | None:
-    scores = [value for value in row["scores"].values() if isinstance(value, (int, float))]
-    return -math.inf if row["failed"] is not None else float(scores[0]) if scores else None
 
 
 def _sample_table(rows: list[Row]) -> Table:
@@ -190,7 +195,7 @@ def _sample_table(rows: list[Row]) -> Table:
             _cut(row["prompt"], tail=True),
             _cut(row["target"]),
             _cut(row["failed"] or row["answer"]),
-            "failed" if row["failed"] else f"{_score(row):.3g}",
+            "failed" if row["failed"] else f"{row['score']:.3g}",
             number(row["nfe"]),
         )
         for row in rows

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from a2d_core import embedded, models, perplexity, sampling, tasks
 from a2d_core.config import EvaluateConfig, SampleConfig, UserError
 from a2d_core.sampling import Event, Generation
+from a2d_core.scoring import Score, Scorer
 from a2d_core.stages import evaluate
 
 SAMPLE = SampleConfig(threshold=0.9)
@@ -143,6 +144,26 @@ def test_a_sample_whose_metrics_raise_is_recorded_and_counted(checkpoints, tmp_p
     assert [sample["failed"] for sample in samples] == ["ZeroDivisionError: division by zero", None, None, None]
     with pytest.raises(UserError, match="every sample of task 'some' failed, the first with: ZeroDivisionError"):
         evaluate.run(replace(config, limit=1), SAMPLE, checkpoints["mdlm"], tmp_path / "out")
+
+
+def test_a_sample_whose_likelihood_is_not_finite_is_no_part_of_the_mean(checkpoints, tmp_path, monkeypatch):
+    rows = [{"question": f"Q{i}", "choices": ["yes", "no"], "answer": 0} for i in range(3)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    task_file(
+        tmp_path, task="yes", dataset_path="json", dataset_kwargs={"data_files": {"test": str(tmp_path / "rows.json")}},
+        output_type="multiple_choice", doc_to_text="{{question}}", doc_to_choice="{{choices}}", doc_to_target="{{answer}}",
+        metric_list=[{"metric": "acc"}],
+    )  # fmt: skip
+
+    def score(self, questions, done=None):
+        return [[Score(math.nan if i == 1 else -1.0 - j, 0.0, 1) for j in (0, 1)] for i in range(len(questions))]
+
+    monkeypatch.setattr(Scorer, "score", score)
+    config = EvaluateConfig(tasks=("yes",), task_dirs=(str(tmp_path),), text_dataset=None)
+    (row,) = evaluate.run(config, SAMPLE, checkpoints["mdlm"], tmp_path / "out")["tasks"]
+    assert (row["value"], row["documents"], row["failed"]) == (1.0, 2, 1)  # lm-eval takes the first of two that are -inf
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["failed"] for sample in samples] == [None, "the likelihood is not finite", None]
 
 
 def test_two_processes_find_what_one_finds(checkpoints, tmp_path):

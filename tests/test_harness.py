@@ -136,6 +136,22 @@ def test_an_unknown_generation_argument_is_refused_by_name(model):
         DiffusionLM(model).generate_until(requests("generate_until", (PROMPTS[0], {"num_beams": 4})))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": "warm"}, "generation_kwargs.temperature='warm' must be of type float"),
+        ({"temperature": -1.0}, "temperature must be 0 or more"),
+        ({"top_p": 0}, r"top_p must lie in \(0, 1\]"),
+        ({"max_gen_toks": 2.5}, "max_new_tokens=2.5 must be of type int"),
+        ({"until": 5}, "until=5 must be a text, or a list of texts"),
+        ({"until": ["a", 5]}, "must be a text, or a list"),
+    ],
+)
+def test_a_generation_argument_that_means_nothing_is_refused_before_any_work(model, arguments, message, no_forward):
+    with pytest.raises(UserError, match=message):
+        DiffusionLM(model).generate_until(requests("generate_until", (PROMPTS[0], {}), (PROMPTS[0], arguments)))
+
+
 def test_a_task_may_narrow_what_is_drawn_from(model):
     sampler = DiffusionLM(model, top_k=9).sampler_for({"do_sample": True, "top_p": 0.5, "top_k": 4})
     assert (sampler.top_p, sampler.top_k) == (0.5, 4)

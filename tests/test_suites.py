@@ -198,18 +198,31 @@ def test_the_worst_and_the_best_samples_are_those_with_the_lowest_and_highest_sc
             "prompt": f"p{score}-{nfe}",
             "target": "x",
             "answer": "y",
-            "scores": {"m": score},
+            "filter": "none",
+            "scores": {"other": 1 - score, "m": score},
             "nfe": nfe,
             "failed": failed,
         }
 
     samples = [sample(score, nfe) for score in (0.0, 1.0) for nfe in range(1, 8)] + [sample(0.5, 1, failed="ValueError: no")]
-    failures, told, table, _, worst, _, best = [*report._failures(samples), *report._samples(samples)]
+    tasks = [{"metric": "m", "is_main": True, "higher_is_better": None}, {"metric": "other", "is_main": False, "higher_is_better": None}]
+    failures, told, table, _, worst, _, best = [*report._failures(samples), *report._samples(samples, tasks)]
     assert failures.text == "Failed samples"
     assert told.text.startswith("1 of 15")
     assert table.rows == (("t", "1", "ValueError: no"),)
     assert [row[1] for row in worst.rows] == ["p0.5-1", "p0.0-7", "p0.0-6", "p0.0-5", "p0.0-4"]
     assert [row[1] for row in best.rows] == [f"p1.0-{nfe}" for nfe in range(1, 6)]
+    tasks[0]["higher_is_better"] = False
+    _, turned, _, _ = report._samples(samples[:-1], tasks)
+    assert [row[4] for row in turned.rows] == ["1"] * 5
+
+
+def test_an_answer_is_shown_once_though_several_filters_look_at_it():
+    row = {"task": "t", "doc_id": 0, "prompt": "p", "target": "x", "answer": "y", "nfe": 1, "failed": None, "scores": {"m": 1.0}}
+    samples = [row | {"filter": "strict"}, row | {"filter": "flexible"}]
+    tasks = [{"metric": f"m/{name}", "is_main": name == "flexible", "higher_is_better": True} for name in ("strict", "flexible")]
+    _, shown = report._samples(samples, tasks)
+    assert len(shown.rows) == 1
 
 
 # --- what the suites run ---

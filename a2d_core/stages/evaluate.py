@@ -66,7 +66,7 @@ def run(
 
     `tasks`: a row for each task, metric and group: value, stderr, `chance` (the word tasks), `baseline` (the score of the
     checkpoint at `baseline_dir`), `champion` (from `champion`, TASK/METRIC -> score), documents, `failed` (documents whose
-    metrics raised, which no mean counts, or whose likelihood is not finite), `evaluations` of the network and `tokens` per
+    metrics raised or whose likelihood is not finite, which no mean counts), `evaluations` of the network and `tokens` per
     answer, higher_is_better; `is_main` of the row that stands for a task that was asked for, or an entry of the suite, which
     also has its name (`entry`), num_fewshot and `published`.
     `text`: see `perplexity.summary`; `pretrained_dir` is the checkpoint before fine-tuning, which may forget how to write
@@ -236,8 +236,6 @@ def _annotate(samples: dict[str, list[Row]], scores: dict[Key, Score], efforts: 
             row |= {"stderr": [score.stderr for score in found], "nelbo_samples": [score.samples for score in found]} if found else {}
             row |= efforts.get((task, row["doc_id"], 0), {})
             row["failed"] = None if row["metrics"] else next(reasons)
-            if row["failed"] is None and not all(math.isfinite(score.nats) for score in found):
-                row["failed"] = "the likelihood is not finite"
         require(
             any(row["failed"] is None for row in rows),
             f"every sample of task '{task}' failed, the first with: {rows[0]['failed']}. See that task and model suit, or leave it out",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -74,12 +75,16 @@ def reads_is_greedy(task: Task) -> bool:
 
 @contextmanager
 def recorded_failures(tasks: Iterable[Task]) -> Iterator[dict[str, list[str]]]:
-    """Let a document whose metrics raise an error have none, in place of ending the run; task -> what was raised, in order."""
+    """Let a document whose likelihood is not finite, or whose metrics raise an error, have none; task -> why, in order."""
     failures: dict[str, list[str]] = {}
 
-    def attempt(process_results: Callable[..., dict[str, Any]], found: list[str], *arguments: Any) -> dict[str, Any]:
+    def attempt(process_results: Callable[..., dict[str, Any]], found: list[str], document: Any, answers: list[Any]) -> dict[str, Any]:
+        values = (answer[0] if isinstance(answer, (tuple, list)) and answer else answer for answer in answers)
+        if not all(math.isfinite(value) for value in values if isinstance(value, float)):
+            found.append("the likelihood is not finite")
+            return {}
         try:
-            return process_results(*arguments)
+            return process_results(document, answers)
         except Exception as error:  # a task's own code, and perhaps the model's: whatever it raises is told
             found.append(f"{type(error).__name__}: {error}")
             return {}
