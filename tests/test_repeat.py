@@ -141,6 +141,14 @@ def test_another_model_is_told_and_is_not_equal(tracked, checkpoints, tmp_path, 
     assert "results.text.nelbo: then" in said
 
 
+def test_an_evaluation_of_another_version_is_named_as_one(checkpoints, tmp_path):
+    record = {"paths": {"model": str(checkpoints["mdlm"])}, "code": "source 1", "evaluate": {"samples": 3}, "sample": {}}
+    for name, text in (("evaluation.json", json.dumps(record)), ("results.json", "{}"), ("samples.jsonl", "")):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=r"another version \(source 1\) made that evaluation.* unknown field 'evaluate.samples'"):
+        repeat.run(tmp_path, tmp_path / "again")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import review
-from a2d_core.config import EvaluateConfig, SampleConfig, require
+from a2d_core.config import EvaluateConfig, SampleConfig, UserError, require
 from a2d_core.settings import build
 from a2d_core.stages import evaluate
 
@@ -21,7 +21,7 @@ def run(earlier: Path, output_dir: Path, *, model_dir: str | None = None) -> tup
     """Repeat the evaluation whose files are in `earlier`, with the model at `model_dir` or else where it was.
 
     Returns its results, how the settings, the weights, the versions and the machine differ from then, and how the results do.
-    Raises `UserError` where a directory that it needs is not there.
+    Raises `UserError` where a directory that it needs is not there, or the settings are not those of this version.
     """
     then = read(earlier)["record"]
     paths = {**then["paths"], **({"model": model_dir} if model_dir else {})}
@@ -29,9 +29,15 @@ def run(earlier: Path, output_dir: Path, *, model_dir: str | None = None) -> tup
         require(
             path is None or Path(path).is_dir(), f"the {role} of that evaluation, '{path}', is not there: put it back, or give --model DIR"
         )
+    try:
+        config, sample = build(EvaluateConfig, then["evaluate"], "evaluate"), build(SampleConfig, then["sample"], "sample")
+    except UserError as error:
+        raise UserError(
+            f"another version ({then['code']}) made that evaluation, with settings that this one does not have: {error}"
+        ) from None
     results = evaluate.run(
-        build(EvaluateConfig, then["evaluate"], "evaluate"),
-        build(SampleConfig, then["sample"], "sample"),
+        config,
+        sample,
         paths["model"],
         output_dir,
         seed=then["seed"],
@@ -57,9 +63,9 @@ def _settings(one: Row) -> Row:
 
 
 def _outcome(one: Row) -> Row:
-    """Results and samples, without the champion's numbers, which may be another's by now."""
+    """Results and samples, without the champion's numbers, which may be another's by now, and what follows from the rest."""
     tasks = [{name: value for name, value in row.items() if name != "champion"} for row in one["results"]["tasks"]]
-    return {"results": {**one["results"], "tasks": tasks}, "samples": one["samples"]}
+    return {"results": {**one["results"], "tasks": tasks, "questions": None}, "samples": one["samples"]}
 
 
 def differences(then: Any, now: Any) -> list[str]:
