@@ -267,17 +267,17 @@ class DiffusionLM(TemplateLM):
                 for event in finished:
                     if event.generation is not None:
                         row = rows[event.prompt]
-                        text = self._cut(event.generation.tokens, untils[event.prompt], event.generation.text)
+                        text = self._cut(event.generation.tokens, event.generation.text, untils[event.prompt])
                         answers[row] = text, _effort(event.generation)
                         self._remember("generate_until", requests[row].args, text)
                         bar.update()
         return answers
 
-    def _cut(self, tokens: list[int], until: Sequence[str], text: str | None = None) -> str:
-        """The text before the first stop string; a special token is found as a token, since it does not show in the text."""
+    def _cut(self, tokens: list[int], text: str, until: Sequence[str]) -> str:
+        """The text of the tokens before the first stop string; a special token is found as a token, since it does not show in the text."""
         stop_ids = {self._special[stop] for stop in until if stop in self._special}
         end = next((place for place, token in enumerate(tokens) if token in stop_ids), len(tokens))
-        if text is None or end < len(tokens):
+        if end < len(tokens):
             text = str(self.tokenizer.decode(tokens[:end], skip_special_tokens=True))
         for stop in filter(None, until):
             text = text.partition(stop)[0]

@@ -25,7 +25,6 @@ from a2d_core.config import UserError
 CHILD = Path(__file__).with_name("sandbox_child.py")
 NO_NAMESPACES = 97  # exit code of the child where the kernel refuses
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}  # numpy starts threads otherwise, which it may not
-Isolation = str
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Outcome:
     """`passed`, `out of time`, or the last line of what was raised."""
 
 
-def run(program: str, isolation: Isolation = "namespaces", limits: Limits = Limits()) -> Outcome:
+def run(program: str, isolation: str = "namespaces", limits: Limits = Limits()) -> Outcome:
     """Run a Python program. With `isolation="process"` nothing but limits and an audit hook stand around it.
 
     Raises `UserError` where the kernel does not give namespaces.
@@ -85,7 +84,7 @@ def run(program: str, isolation: Isolation = "namespaces", limits: Limits = Limi
 class CodeEval:
     """The metric `code_eval`: pass@k of candidate programs, each run with its test behind it."""
 
-    def __init__(self, isolation: Isolation, limits: Limits) -> None:
+    def __init__(self, isolation: str, limits: Limits) -> None:
         self.isolation, self.limits = isolation, limits
 
     def compute(
@@ -111,7 +110,7 @@ def pass_at_k(total: int, right: int, k: int) -> float:
 
 
 @contextmanager
-def code_eval(isolation: Isolation, limits: Limits = Limits()) -> Iterator[None]:
+def code_eval(isolation: str, limits: Limits = Limits()) -> Iterator[None]:
     """Let the tasks of lm-eval that are loaded meanwhile score programs with the sandbox, in place of a download that runs them here.
 
     Raises `UserError` at once where the sandbox does not work.

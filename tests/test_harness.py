@@ -108,8 +108,8 @@ def test_a_special_token_stops_an_answer_though_its_text_is_not_shown(model):
     lm = DiffusionLM(model)
     user = model.tokenizer.convert_tokens_to_ids("<|user|>")
     tokens = [*model.tokenizer("ab")["input_ids"], user, *model.tokenizer("cd")["input_ids"]]
-    assert lm._cut(tokens, ["<|user|>"]) == "ab"
-    assert lm._cut(tokens, []) == "abcd"
+    assert lm._cut(tokens, "abcd", ["<|user|>"]) == "ab"
+    assert lm._cut(tokens, "abcd", []) == "abcd"
 
 
 @pytest.mark.parametrize(
