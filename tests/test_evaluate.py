@@ -15,7 +15,7 @@ from a2d_core import embedded, models, perplexity, sampling, tasks
 from a2d_core.config import EvaluateConfig, SampleConfig, UserError
 from a2d_core.sampling import Event, Generation
 from a2d_core.scoring import Score, Scorer
-from a2d_core.stages import evaluate
+from a2d_core.stages import evaluate, table
 
 SAMPLE = SampleConfig(threshold=0.9)
 SMALL = EvaluateConfig(limit=2, text_rows=3, text_length=32, nelbo_samples=2)
@@ -93,7 +93,7 @@ def test_tasks_that_fail_on_the_same_words_are_no_more_certain_than_one():
         "samples": dict.fromkeys(embedded.TASKS, samples),
         "higher_is_better": {},
     }
-    assert [row["stderr"] for row in evaluate.table(results, None)] == pytest.approx([0.25] * 6)
+    assert [row["stderr"] for row in table.rows_of(results, None)] == pytest.approx([0.25] * 6)
 
 
 def test_few_shot_examples_are_training_words(checkpoints, tmp_path):

@@ -10,7 +10,7 @@ from lm_eval.tasks import TaskManager
 from a2d_core import models, perplexity, tasks
 from a2d_core.config import EvaluateConfig, SampleConfig, UserError
 from a2d_core.harness import DiffusionLM
-from a2d_core.stages import evaluate
+from a2d_core.stages import evaluate, table
 
 SUBJECTS = ("anatomy", "college_physics", "world_religions")
 SAMPLE = SampleConfig(max_new_tokens=8, threshold=0.9)
@@ -98,7 +98,7 @@ def test_the_parts_of_a_groups_mean_weigh_as_its_tasks_do():
     }
     for value, weights in ((0.5, [1.0, 1.0, 0, 0]), (2 / 3, [2.0, 2 / 3, 0, 0])):  # by size, and each task alike
         found = {"samples": samples, "group_subtasks": {"both": ["few", "many"]}, "results": {"both": {"acc,none": value}}}
-        assert list(evaluate._questions(found, "both", "acc", "none").values()) == pytest.approx(weights)
+        assert list(table._questions(found, "both", "acc", "none").values()) == pytest.approx(weights)
 
 
 def test_each_answer_has_a_standard_error_and_single_letters_have_none(results):

@@ -5,14 +5,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import math
-import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -25,13 +22,13 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from torch import Tensor
 
-from a2d_core import checkpoints, embedded, launch, models, perplexity, reading, registry, report, sandbox, suites, tasks
+from a2d_core import checkpoints, launch, models, perplexity, reading, registry, report, sandbox, suites, tasks
 from a2d_core.config import EvaluateConfig, SampleConfig, require
 from a2d_core.harness import DiffusionLM
 from a2d_core.models import DiffusionModel
 from a2d_core.scoring import Score
 from a2d_core.settings import build, parse_override, to_dict
-from a2d_core.stages import checks
+from a2d_core.stages import checks, table
 from a2d_core.suites import Part
 
 Row = dict[str, Any]
@@ -115,7 +112,7 @@ def work(
     baseline: tuple[list[Row] | None, Tensor | None] = (None, None)
     if baseline_dir is not None:
         baseline = _score(config, parts, loaded, models.load(baseline_dir, objective=objective), rows_BL, seed)
-    summary: Row = {"tasks": summarise(parts, results, baseline[0], champion), "text": None}
+    summary: Row = {"tasks": table.summarise(parts, results, baseline[0], champion), "text": None}
     if rows_BL is not None and nats_B is not None and bytes_B is not None:
         pretrained_B = None
         if pretrained_dir is not None:
@@ -124,9 +121,9 @@ def work(
         tokens = rows_BL[:, 1:].numel()
         summary["text"] = perplexity.summary(nats_B, bytes_B, tokens, ar_B=ar_B, pretrained=pretrained_B, baseline=baseline[1])
     summary["frontier"] = [
-        {"sampler": name, **{key: row[key] for key in FRONTIER}} for name, found in frontier for row in summarise(parts, found)
+        {"sampler": name, **{key: row[key] for key in FRONTIER}} for name, found in frontier for row in table.summarise(parts, found)
     ]
-    summary["questions"] = _by_question(summary["tasks"], rows_BL, nats_B)
+    summary["questions"] = table.by_question(summary["tasks"], rows_BL, nats_B)
     if PartialState().is_main_process:
         settings = {"evaluate": evaluate, "sample": sample, "seed": seed, "processes": PartialState().num_processes}
         paths = {"model": model_dir, "baseline": baseline_dir, "pretrained": pretrained_dir, "source": source_dir}
@@ -138,11 +135,11 @@ def work(
 def write(output_dir: Path, summary: Row, results: list[Row], baseline: list[Row] | None, record: Row, started: float) -> None:
     """Write the files that `run` names."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    answers = [row for found in results for row in sample_rows(found)]
+    answers = [row for found in results for row in table.sample_rows(found)]
     names = [(found, task) for found in results for task in found["samples"]]
-    nfe, draws = ([value for found, task in names for value in _numbers(found, task, name)] for name in ("nfe", "nelbo_samples"))
+    nfe, draws = ([value for found, task in names for value in table.numbers_of(found, task, name)] for name in ("nfe", "nelbo_samples"))
     record |= {"seconds": round(time.perf_counter() - started, 3), "evaluations": sum(nfe), "nelbo_samples": sum(map(sum, draws))}
-    record["failed"] = sum(_failed(found, task) for found, task in names)
+    record["failed"] = sum(table.failed(found, task) for found, task in names)
     _write(output_dir / "results.json", summary)
     _write(output_dir / "evaluation.json", record)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
@@ -240,160 +237,6 @@ def _annotate(samples: dict[str, list[Row]], scores: dict[Key, Score], efforts: 
             any(row["failed"] is None for row in rows),
             f"every sample of task '{task}' failed, the first with: {rows[0]['failed']}. See that task and model suit, or leave it out",
         )
-
-
-def table(results: Row, baseline: Row | None) -> list[Row]:
-    """A row for each task and metric in lm-eval's results, the groups with a mean of their own behind the tasks."""
-    rows = []
-    for name, numbers in results["results"].items():
-        for key in (key for key in numbers if "," in key and "_stderr," not in key):
-            metric, _, variant = key.partition(",")
-            if not isinstance(numbers[key], (int, float)):
-                continue
-            leaves = _leaves(results, name)
-            questions = _questions(results, name, metric, variant)
-            is_words = set(leaves) <= set(embedded.TASKS)
-            stderr = _stderr(list(questions.values())) if is_words else numbers.get(f"{metric}_stderr,{variant}")
-            rows.append(
-                {
-                    "task": name,
-                    "metric": metric if variant == "none" else f"{metric}/{variant}",
-                    "value": float(numbers[key]),
-                    "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
-                    "chance": sum(map(embedded.chance_level, leaves)) / len(leaves) if is_words else None,
-                    "baseline": float(baseline["results"][name][key]) if baseline else None,
-                    "documents": numbers["sample_len"],
-                    "failed": _failed(results, name),
-                    "evaluations": _mean(results, name, "nfe"),
-                    "tokens": _mean(results, name, "tokens"),
-                    "higher_is_better": results["higher_is_better"].get(name, {}).get(metric),
-                    "questions": questions,
-                }
-            )
-    return rows
-
-
-def _leaves(results: Row, name: str) -> list[str]:
-    """The tasks in a group, which have samples; a task is one."""
-    if name in results["samples"]:
-        return [name]
-    return [leaf for member in results["group_subtasks"][name] for leaf in _leaves(results, member)]
-
-
-def _failed(results: Row, name: str) -> int:
-    """Documents of a task, or of the tasks of a group, that failed."""
-    return sum(len({row["doc_id"] for row in results["samples"][leaf] if row.get("failed")}) for leaf in _leaves(results, name))
-
-
-def _questions(results: Row, name: str, metric: str, variant: str) -> dict[str, float]:
-    """Question -> its part of a metric, which is the mean of these parts; empty where the metric is no mean over documents.
-
-    A question is known by its document and prompt. Word tasks that ask about the same word are one question: they do not err
-    independently.
-    """
-    leaves, value = _leaves(results, name), results["results"][name][f"{metric},{variant}"]
-    answered = {
-        leaf: [row for row in results["samples"][leaf] if row["filter"] == variant and isinstance(row.get(metric), (int, float))]
-        for leaf in leaves
-    }
-    count = sum(map(len, answered.values()))
-    for counts_each_task_alike in (False, True):
-        parts: dict[Any, list[tuple[list[Any], float]]] = defaultdict(list)
-        for leaf, row in ((leaf, row) for leaf, rows in answered.items() for row in rows):
-            weight = 1 / len(answered[leaf]) / len(leaves) if counts_each_task_alike else 1 / count
-            asked = [leaf, *(row[key] for key in ("doc_id", "doc_hash", "prompt_hash"))]
-            parts[row["doc"]["word"] if leaf in embedded.TASKS else (leaf, row["doc_id"])].append((asked, weight * row[metric]))
-        found = {_known_by([asked for asked, _ in some]): len(parts) * sum(part for _, part in some) for some in parts.values()}
-        if found and math.isclose(statistics.fmean(found.values()), value, rel_tol=1e-6, abs_tol=1e-9):
-            return found
-    return {}
-
-
-def _by_question(rows: list[Row], rows_BL: Tensor | None, nats_B: Tensor | None) -> dict[str, dict[str, float]]:
-    """TASK/METRIC of the main rows, and text/nelbo -> their `_questions`, which are taken out of the rows."""
-    each = {f"{row['task']}/{row['metric']}": (row.pop("questions"), row["is_main"]) for row in rows}
-    found = {name: questions for name, (questions, is_main) in each.items() if is_main}
-    if rows_BL is not None and nats_B is not None:
-        per_token = (nats_B / (rows_BL.shape[1] - 1)).tolist()
-        found["text/nelbo"] = dict(zip(map(_known_by, rows_BL.tolist()), per_token, strict=True))
-    return found
-
-
-def _known_by(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-
-
-def _stderr(parts: Sequence[float]) -> float | None:
-    """Standard error of the mean."""
-    return statistics.stdev(parts) / len(parts) ** 0.5 if len(parts) > 1 else None
-
-
-def summarise(
-    parts: list[Part], results: list[Row], baseline: list[Row] | None = None, champion: dict[str, float] | None = None
-) -> list[Row]:
-    """The rows of all parts; a task that is in two of them is told apart by its shots. See `run`."""
-    rows = []
-    names = [name for found in results for name in found["results"]]
-    for i, (part, found) in enumerate(zip(parts, results, strict=False)):  # no results: in all processes but the first
-        scores = table(found, baseline[i] if baseline else None)
-        with_mean = {row["task"] for row in scores}
-        inner = {member for group, members in found["group_subtasks"].items() if group in with_mean for member in members}
-        asked = part.entries or [suites.Entry(row["task"]) for row in scores if row["task"] not in inner]
-        chosen = {_chosen(entry, scores): entry for entry in asked}
-        for row in scores:
-            entry = chosen.get((row["task"], row["metric"]))
-            shots = part.evaluate.num_fewshot if part.entries else None
-            if names.count(row["task"]) > 1:
-                row["task"] = f"{row['task']} {shots}-shot"
-            row |= {"is_main": entry is not None, "entry": entry.name or None if entry else None, "num_fewshot": shots}
-            row |= {name: getattr(entry, name) if entry else None for name in ("published", "source", "note")}
-            row["champion"] = (champion or {}).get(f"{row['task']}/{row['metric']}")
-            rows.append(row)
-    return rows
-
-
-def _chosen(entry: suites.Entry, scores: list[Row]) -> tuple[str, str] | None:
-    """Task and metric of the row that stands for an entry; where the task has no metric of its name, the first."""
-    metrics = [str(row["metric"]) for row in scores if row["task"] == entry.task]
-    return (entry.task, entry.metric if entry.metric in metrics else metrics[0]) if metrics else None
-
-
-def sample_rows(results: Row) -> list[Row]:
-    """A row for each document of each task (and filter): what was asked, expected and answered, the scores, and what it took."""
-    rows = []
-    for task, samples in results["samples"].items():
-        for row in samples:
-            asked = row["arguments"]
-            first = asked[0] if isinstance(asked, list) else next(iter(asked.values()))
-            prompt = first[0] if isinstance(first, list) else first.get("arg_0")
-            answer = row["filtered_resps"]
-            rows.append(
-                {
-                    "task": task,
-                    "num_fewshot": results["n-shot"].get(task),
-                    "doc_id": row["doc_id"],
-                    "filter": row["filter"],
-                    "prompt": prompt,
-                    "target": row["target"],
-                    "response": row["resps"],
-                    "answer": answer[0] if isinstance(answer, list) and len(answer) == 1 else answer,
-                    "scores": {metric: row.get(metric) for metric in row["metrics"]},
-                    "failed": row["failed"],
-                    **{name: row.get(name) for name in ("nfe", "tokens", "logprob", "stderr", "nelbo_samples")},
-                }
-            )
-    return rows
-
-
-def _numbers(results: Row, name: str, number: str) -> list[Any]:
-    """A number of every document of a task, or of the tasks of a group, that has it; a document has a sample for each filter."""
-    tasks_of = [results["samples"][leaf] for leaf in _leaves(results, name)]
-    return [found for rows in tasks_of for found in {row["doc_id"]: row[number] for row in rows if number in row}.values()]
-
-
-def _mean(results: Row, name: str, number: str) -> float | None:
-    found = _numbers(results, name, number)
-    return statistics.fmean(found) if found else None
 
 
 # --- what they share ------------------------------------------------------------------------------
