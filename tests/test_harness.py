@@ -52,6 +52,7 @@ def greedy(model, prompt, count):
     return sampling.generate(model, [model.tokenizer(prompt)["input_ids"]], SampleConfig(max_new_tokens=count))[0].tokens
 
 
+SHORT = {"max_gen_toks": 4}
 PROMPTS = ["Reverse: planet", "Sort: ab", "Upper: seven", "Last: x", "a longer prompt than the others"]
 
 
@@ -149,7 +150,7 @@ def test_an_unknown_generation_argument_is_refused_by_name(model):
 )
 def test_a_generation_argument_that_means_nothing_is_refused_before_any_work(model, arguments, message, no_forward):
     with pytest.raises(UserError, match=message):
-        DiffusionLM(model).generate_until(requests("generate_until", (PROMPTS[0], {}), (PROMPTS[0], arguments)))
+        DiffusionLM(model).generate_until(requests("generate_until", (PROMPTS[0], SHORT), (PROMPTS[0], SHORT | arguments)))
 
 
 def test_a_task_may_narrow_what_is_drawn_from(model):

@@ -88,7 +88,7 @@ def test_a_metric_is_the_mean_of_its_parts_by_question_where_it_is_a_mean(result
     assert {name for name, parts in results[0]["questions"].items() if not parts} == {"wikitext/word_perplexity"}
     for name, parts in ((name, parts) for name, parts in results[0]["questions"].items() if parts):
         assert sum(parts.values()) / len(parts) == pytest.approx(main[name]["value"])
-        assert len(parts) == main[name]["documents"] == 3
+        assert len(parts) == main[name]["documents"]
 
 
 def test_the_parts_of_a_groups_mean_weigh_as_its_tasks_do():
