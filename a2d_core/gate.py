@@ -110,7 +110,7 @@ def judge(results: dict[str, Any] | None, champion: dict[str, Any] | None = None
 
     Of two models that are equally good but not the same, a metric falls by more than its standard error one time in six.
     """
-    rows = [row for row in compare(results, champion) if (row.candidate or row.champion).is_judged]
+    rows = [row for row in compare(results, champion) if any(score and score.is_judged for score in (row.candidate, row.champion))]
     ours = {row.name: row.candidate for row in rows if row.candidate}
     reasons = {
         "not a number": [name for name, score in ours.items() if not math.isfinite(score.value)],

@@ -101,7 +101,7 @@ def task_table(tasks: list[Row]) -> Table:
         "metric": [row["metric"] for row in rows],
         "shots": [number(row["num_fewshot"]) for row in rows],
         "score": [estimate(row["value"], row["stderr"]) for row in rows],
-        "95% interval": [interval(row["value"], row["stderr"]) for row in rows],
+        "95% interval": [between(interval(row["value"], row["stderr"], row["independent"])) for row in rows],
         "chance": [estimate(row["chance"]) for row in rows],
     }
     for name, title in (("baseline", "parent"), ("champion", "champion"), ("published", "published")):
@@ -129,7 +129,7 @@ def text_table(text: Row) -> Table:
     rows = []
     for name, nats, stderr, bits, bits_stderr in lines:
         if text.get(nats) is not None:
-            numbers = estimate(text[nats], text.get(stderr or "")), interval(text[nats], text.get(stderr or ""))
+            numbers = estimate(text[nats], text.get(stderr or "")), between(interval(text[nats], text.get(stderr or "")))
             rows.append((name, *numbers, f"{math.exp(text[nats]):.2f}", estimate(text.get(bits or ""), text.get(bits_stderr or ""))))
     return Table(("model", "nats per token", "95% interval", "perplexity", "bits per byte"), tuple(rows))
 
@@ -215,9 +215,24 @@ def estimate(value: float | None, stderr: float | None = None) -> str:
     return "–" if value is None else f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
 
 
-def interval(value: float | None, stderr: float | None) -> str:
-    """The 95% confidence interval of a score."""
-    return "–" if value is None or stderr is None else f"{value - Z95 * stderr:.3f} to {value + Z95 * stderr:.3f}"
+def interval(value: float, stderr: float | None, independent: int | None = None) -> tuple[float, float] | None:
+    """The 95% confidence interval of a score; None without a standard error.
+
+    Where it is the share of right ones among `independent` answers, Wilson's, which knows that 20 of 20 are not all; tasks
+    that weigh or err together count as the fewer answers that have this error. Else that of the normal distribution.
+    """
+    if stderr is None:
+        return None
+    if not independent:
+        return value - Z95 * stderr, value + Z95 * stderr
+    count = value * (1 - value) / stderr**2 if stderr > 1e-9 else independent
+    middle, half = value + Z95**2 / (2 * count), Z95 * math.sqrt(value * (1 - value) / count + (Z95 / (2 * count)) ** 2)
+    return max(0.0, (middle - half) / (1 + Z95**2 / count)), min(1.0, (middle + half) / (1 + Z95**2 / count))
+
+
+def between(ends: tuple[float, float] | None) -> str:
+    """An interval for people."""
+    return "–" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
 def number(value: float | None) -> str:
@@ -272,7 +287,9 @@ def plot(summary: Row) -> bytes:
 def _bars(axes: Any, points: list[Row], **style: Any) -> None:
     """Points with their 95% confidence intervals."""
     at, scores = [p["evaluations"] for p in points], [p["value"] for p in points]
-    axes.errorbar(at, scores, yerr=[Z95 * (p["stderr"] or 0) for p in points], capsize=2, elinewidth=0.7, **style)
+    ends = [interval(p["value"], p["stderr"], p["independent"]) or (p["value"], p["value"]) for p in points]
+    sizes = [[abs(score - end) for score, end in zip(scores, side, strict=True)] for side in zip(*ends, strict=True)]
+    axes.errorbar(at, scores, yerr=sizes, capsize=2, elinewidth=0.7, **style)
 
 
 def html(title: str, blocks: Sequence[Block]) -> str:

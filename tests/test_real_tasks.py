@@ -67,6 +67,11 @@ def test_every_task_has_the_metrics_that_its_definition_asks_for(results):
     }  # fmt: skip
     assert all(row["failed"] == 0 and math.isfinite(row["value"]) for row in found.values())
     assert found["hellaswag", "acc"]["documents"] == 3
+    assert {row["metric"] for row in found.values() if row["independent"] is None} == {
+        "word_perplexity",
+        "byte_perplexity",
+        "bits_per_byte",
+    }
     # An untrained network knows nothing: a byte costs about 8 bits.
     assert found["wikitext", "bits_per_byte"]["value"] == pytest.approx(8, rel=0.1)
 
@@ -147,6 +152,22 @@ def test_what_cannot_run_is_refused_before_any_work(names, changes, message, che
     config = EvaluateConfig(tasks=names, text_dataset=None, apply_chat_template=False, **changes)
     with pytest.raises(UserError, match=message):
         evaluate.run(config, SampleConfig(max_new_tokens=2000), checkpoints["mdlm"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"q": "How many?", "answer": "#### 1"}', "'question' is undefined"),
+        ('{"question": "How', "generating the dataset"),
+        ("", "."),
+    ],
+)
+def test_local_data_that_do_not_fit_the_task_are_told(text, message, checkpoints, tmp_path, no_forward):
+    (tmp_path / "test.jsonl").write_text(text)
+    config = EvaluateConfig(tasks=("gsm8k_cot",), datasets={"gsm8k_cot": str(tmp_path)}, text_dataset=None, num_fewshot=0)
+    told = rf"task 'gsm8k_cot' cannot be loaded \(.*{message}.*\): see that the files of evaluate.datasets are whole, and have the columns"
+    with pytest.raises(UserError, match=told):
+        evaluate.run(config, SAMPLE, checkpoints["mdlm"], tmp_path / "out")
 
 
 def test_whether_the_greedy_sampler_reproduces_a_choice_is_found_out_only_for_metrics_that_read_it(checkpoints, datasets, monkeypatch):

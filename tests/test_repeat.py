@@ -141,6 +141,18 @@ def test_another_model_is_told_and_is_not_equal(tracked, checkpoints, tmp_path, 
     assert "results.text.nelbo: then" in said
 
 
+def test_what_a_later_version_writes_besides_is_not_compared(checkpoints, tmp_path):
+    config = EvaluateConfig(tasks=("words_last",), limit=2, text_dataset=None)
+    evaluate.run(config, SampleConfig(), checkpoints["mdlm"], tmp_path / "first")
+    results = json.loads((tmp_path / "first" / "results.json").read_text())
+    del results["questions"], results["tasks"][0]["independent"]
+    (tmp_path / "first" / "results.json").write_text(json.dumps(results))
+    assert repeat.run(tmp_path / "first", tmp_path / "again")[1:] == ([], [])
+    results["tasks"][0]["documents"] = 3
+    (tmp_path / "first" / "results.json").write_text(json.dumps(results))
+    assert repeat.run(tmp_path / "first", tmp_path / "again")[2] == ["results.tasks[0].documents: then 3, now 2"]
+
+
 def test_an_evaluation_of_another_version_is_named_as_one(checkpoints, tmp_path):
     record = {"paths": {"model": str(checkpoints["mdlm"])}, "code": "source 1", "evaluate": {"samples": 3}, "sample": {}}
     for name, text in (("evaluation.json", json.dumps(record)), ("results.json", "{}"), ("samples.jsonl", "")):

@@ -142,6 +142,7 @@ def test_a_task_with_two_settings_has_two_rows_and_the_published_score_stands_be
     assert [(r["task"], r["entry"], r["num_fewshot"], r["published"], r["champion"]) for r in rows] == [
         ("words_sort 0-shot", "plain", 0, None, None), ("words_sort 2-shot", "with shots", 2, 0.4, 0.25),
     ]  # fmt: skip
+    assert [row["independent"] for row in rows] == [3, 3]
     head, *cells = report.task_table(rows).head, *report.task_table(rows).rows
     assert dict(zip(head, cells[1], strict=True))["vs published"] == f"{rows[1]['value'] - 0.4:+.3f}"
     assert dict(zip(head, cells[0], strict=True))["vs published"] == "–"
@@ -189,6 +190,15 @@ def test_what_a_model_writes_is_only_ever_text(output):
     blocks = [report.Text("<script>alert(1)</script>"), report.Table(("a",), (("<b>",),))]
     page = report.html("x", blocks)
     assert "<script>" not in page and "<b>" not in page
+
+
+def test_the_interval_of_a_share_stays_between_zero_and_one_and_is_wide_where_all_are_right():
+    assert report.interval(1.0, 0.0, 20) == pytest.approx((0.839, 1.0), abs=1e-3)
+    assert report.interval(0.0, 0.0, 20) == pytest.approx((0.0, 0.161), abs=1e-3)
+    assert report.interval(0.5, 0.05, 100) == pytest.approx((0.404, 0.596), abs=1e-3)
+    assert report.interval(0.9, (0.9 * 0.1 / 19) ** 0.5, 20)[1] < 1
+    assert report.interval(7.0, 1.0) == pytest.approx((5.04, 8.96), abs=1e-2)
+    assert report.interval(7.0, None) is None
 
 
 def test_the_worst_and_the_best_samples_are_those_with_the_lowest_and_highest_scores():

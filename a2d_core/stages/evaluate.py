@@ -39,7 +39,7 @@ BOOTSTRAP = 1000
 """Resamples behind the standard error of a metric that has no formula for it."""
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "lm_eval", "numpy")
 """What a number may depend on."""
-FRONTIER = ("task", "metric", "value", "stderr", "evaluations", "tokens", "documents", "is_main")
+FRONTIER = ("task", "metric", "value", "stderr", "independent", "evaluations", "tokens", "documents", "is_main")
 """What a row of the frontier has of a row of the tasks."""
 REVEAL = ("threshold", "entropy_budget", "steps_per_block")
 """Fields that say how many tokens an evaluation reveals: the frontier tries one of them at a time."""
@@ -61,7 +61,8 @@ def run(
 ) -> dict[str, Any]:
     """Score the checkpoint at `model_dir`. Returned, and written to results.json:
 
-    `tasks`: a row for each task, metric and group: value, stderr, `chance` (the word tasks), `baseline` (the score of the
+    `tasks`: a row for each task, metric and group: value, stderr, `independent` (where each answer is right or wrong: how many
+    there are that err independently), `chance` (the word tasks), `baseline` (the score of the
     checkpoint at `baseline_dir`), `champion` (from `champion`, TASK/METRIC -> score), documents, `failed` (documents whose
     metrics raised or whose likelihood is not finite, which no mean counts), `evaluations` of the network and `tokens` per
     answer, higher_is_better; `is_main` of the row that stands for a task that was asked for, or an entry of the suite, which

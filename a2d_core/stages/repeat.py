@@ -45,7 +45,7 @@ def run(earlier: Path, output_dir: Path, *, model_dir: str | None = None) -> tup
         **{f"{role}_dir": paths[role] for role in ("baseline", "pretrained", "source")},
     )
     (theirs, ours), (before, after) = (list(map(part, (read(earlier), read(output_dir)))) for part in (_settings, _outcome))
-    return results, differences(theirs, ours), differences(before, after)
+    return results, differences(theirs, ours), differences(before, _as_then(before, after))
 
 
 def read(directory: Path) -> Row:
@@ -63,9 +63,18 @@ def _settings(one: Row) -> Row:
 
 
 def _outcome(one: Row) -> Row:
-    """Results and samples, without the champion's numbers, which may be another's by now, and what follows from the rest."""
+    """Results and samples, without the champion's numbers, which may be another's by now."""
     tasks = [{name: value for name, value in row.items() if name != "champion"} for row in one["results"]["tasks"]]
-    return {"results": {**one["results"], "tasks": tasks, "questions": None}, "samples": one["samples"]}
+    return {"results": {**one["results"], "tasks": tasks}, "samples": one["samples"]}
+
+
+def _as_then(then: Any, now: Any) -> Any:
+    """Without the fields that a later version of this program has added."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return {name: _as_then(then[name], value) for name, value in now.items() if name in then}
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        return [_as_then(*pair) for pair in zip(then, now, strict=True)]
+    return now
 
 
 def differences(then: Any, now: Any) -> list[str]:

@@ -55,6 +55,7 @@ def rows_of(results: Row, baseline: Row | None) -> list[Row]:
             leaves = _leaves(results, name)
             questions = _questions(results, name, metric, variant)
             is_words = set(leaves) <= set(embedded.TASKS)
+            given = [row[metric] for leaf in leaves for row in results["samples"][leaf] if row["filter"] == variant and metric in row]
             stderr = _stderr(list(questions.values())) if is_words else numbers.get(f"{metric}_stderr,{variant}")
             rows.append(
                 {
@@ -62,6 +63,7 @@ def rows_of(results: Row, baseline: Row | None) -> list[Row]:
                     "metric": metric if variant == "none" else f"{metric}/{variant}",
                     "value": float(numbers[key]),
                     "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
+                    "independent": len(questions) or None if all(value in (0, 1) for value in given) else None,
                     "chance": sum(map(embedded.chance_level, leaves)) / len(leaves) if is_words else None,
                     "baseline": float(baseline["results"][name][key]) if baseline else None,
                     "documents": numbers["sample_len"],

@@ -17,7 +17,9 @@ from unittest.mock import patch
 import lm_eval.api.task
 import lm_eval.evaluator
 import lm_eval.tasks
+from datasets.exceptions import DatasetsError
 from huggingface_hub.constants import HF_HUB_OFFLINE
+from jinja2 import TemplateError
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
@@ -56,7 +58,8 @@ def load(config: EvaluateConfig) -> list[Task | Group]:
             )
         for name, directory in config.datasets.items():
             _use_local_data(name, Path(directory), config, manager)
-        loaded = [part for name in config.tasks for part in _load(name, manager)]
+        local = {leaf for name in config.datasets for leaf, _ in _leaves(name, manager)}
+        loaded = [part for name in config.tasks for part in _load(name, manager, any(leaf in local for leaf, _ in _leaves(name, manager)))]
     _require_once(loaded)
     return loaded
 
@@ -183,16 +186,17 @@ def _use_local_data(name: str, directory: Path, config: EvaluateConfig, manager:
         manager.task_index[task] = replace(entry, yaml_path=None, cfg={**file, **data})
 
 
-def _load(name: str, manager: TaskManager) -> list[Task | Group]:
+def _load(name: str, manager: TaskManager, has_local_data: bool) -> list[Task | Group]:
     try:
         loaded = manager.load([name])
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        remedy = (
-            "the Hub is off (HF_HUB_OFFLINE is set), and the data are not in its cache: unset it once, or leave the task out"
-            if HF_HUB_OFFLINE
-            else "check the connection to the Hub, set HF_TOKEN where the data are gated, and install the packages it names"
-        )
-        raise UserError(f"task '{name}' cannot be loaded ({' '.join(str(error).split())}): {remedy}") from error
+    except (OSError, ValueError, RuntimeError, ImportError, LookupError, TemplateError, DatasetsError, StopIteration) as error:
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split()) or "its data have no rows"
+        remedy = "check the connection to the Hub, set HF_TOKEN where the data are gated, and install the packages it names"
+        if has_local_data:
+            remedy = "see that the files of evaluate.datasets are whole, and have the columns of the original"
+        elif HF_HUB_OFFLINE:
+            remedy = "the Hub is off (HF_HUB_OFFLINE is set), and the data are not in its cache: unset it once, or leave the task out"
+        raise UserError(f"task '{name}' cannot be loaded ({reason}): {remedy}") from error
     inner = {child for children in loaded["group_map"].values() for child in children}
     found = {**loaded["tasks"], **loaded["groups"]}
     for task in loaded["tasks"].values():
