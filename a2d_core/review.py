@@ -140,7 +140,7 @@ def _tables(review: dict[str, Any]) -> list[tuple[str, Rows]]:
         return "-" if cell is None else str(gate.Score(**cell))
 
     def words(row: dict[str, Any]) -> str:
-        return f"{row['word']}, by {score(row['gain'])}" if row["gain"] else row["word"]
+        return f"{row['word']} ({score(row['gain'])})" if row["gain"] else row["word"]
 
     metrics = [[row["name"], *(score(row[n]) for n in names), *([words(row)] if review["champion"] else [])] for row in review["metrics"]]
     lines = [[row["what"], *(row[n] or "-" for n in names)] for row in review["lineage"]]

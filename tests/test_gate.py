@@ -69,4 +69,4 @@ def test_a_part_of_a_task_is_shown_and_does_not_decide():
     assert gate.judge(ours, theirs).word == "passed"
     versions = [review.Version("m", number, {}, {"results": results}) for number, results in ((2, ours), (1, theirs))]
     text = review.text(review.build(*versions))
-    assert "gate: passed" in text and "0.900 ± 0.010   worse, by -0.800 ± 0.014" in text
+    assert "gate: passed" in text and "0.900 ± 0.010   worse (-0.800 ± 0.014)" in text

@@ -81,6 +81,13 @@ def test_perplexity_on_the_command_line_scores_a_file_beside_the_source(checkpoi
     assert "bits per byte" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_text_that_is_too_short_for_a_row_names_the_field_to_lower(checkpoints, tmp_path):
+    (tmp_path / "short.txt").write_text("hi")
+    config = EvaluateConfig(text_dataset=str(tmp_path / "short.txt"), text_part="all")
+    with pytest.raises(UserError, match=r"do not make one row of text_length=128 tokens: lower text_length"):
+        perplexity.rows_of_text(config, models.load(checkpoints["mdlm"]), seed=0)
+
+
 def test_text_that_was_trained_on_is_not_scored_whole():
     with pytest.raises(UserError, match=r"text_part=all scores all of 'embedded:corpus', which pretrain.dataset trains on"):
         Recipe("x", "mdlm", evaluate=EvaluateConfig(text_part="all"))
