@@ -216,23 +216,23 @@ class DiffusionLM(TemplateLM):
     # --- generation -------------------------------------------------------------------------------
 
     def sampler_for(self, arguments: Mapping[str, Any]) -> SampleConfig:
-        """The sampler that a task's `generation_kwargs` ask for; raises `UserError` for one that is not known."""
+        """The sampler that a task's `generation_kwargs` ask for; raises `UserError` for one that is not known, or out of range."""
         one_beam = {"num_beams"} if arguments.get("num_beams") == 1 else set()
         unknown = sorted(set(arguments) - set(GENERATION_ARGUMENTS) - one_beam)
         require(
             not unknown,
             f"unknown generation argument '{', '.join(unknown)}' of a task: a diffusion sampler knows {', '.join(GENERATION_ARGUMENTS)}",
         )
+        _listed(arguments.get("until"))
         do_sample = arguments.get("do_sample")
-        temperature = arguments.get("temperature", self.sample.temperature or (1.0 if do_sample else 0.0))
-        length = arguments.get("max_gen_toks", arguments.get("max_new_tokens", self.sample.max_new_tokens))
-        return dataclasses.replace(
-            self.sample,
-            temperature=0.0 if do_sample is False else float(temperature),
-            top_p=float(arguments.get("top_p", self.sample.top_p)),
-            top_k=arguments.get("top_k", self.sample.top_k),
-            max_new_tokens=int(length),
-        )
+        drawn = self.sample.temperature or (1.0 if do_sample else 0.0)
+        changes = {
+            "temperature": 0.0 if do_sample is False else arguments.get("temperature", drawn),
+            "top_p": arguments.get("top_p", self.sample.top_p),
+            "top_k": arguments.get("top_k", self.sample.top_k),
+            "max_new_tokens": arguments.get("max_gen_toks", arguments.get("max_new_tokens", self.sample.max_new_tokens)),
+        }
+        return build(SampleConfig, {**to_dict(self.sample), **changes}, "generation_kwargs")
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """An answer for each (context, generation_kwargs), cut before the first of its stop strings."""
@@ -253,7 +253,7 @@ class DiffusionLM(TemplateLM):
         answers: list[tuple[str, dict[str, float]]] = [("", {})] * len(requests)
         with tqdm(total=len(requests), desc="generating", unit="prompt", disable=self._hides(disable_tqdm)) as bar:
             for group, rows in groups.items():
-                untils = [_listed(requests[row].args[1].get("until") or []) for row in rows]
+                untils = [_listed(requests[row].args[1].get("until")) for row in rows]
                 finished = sampling.stream(
                     self.model,
                     [prompts[row] for row in rows],
@@ -267,17 +267,17 @@ class DiffusionLM(TemplateLM):
                 for event in finished:
                     if event.generation is not None:
                         row = rows[event.prompt]
-                        text = self._cut(event.generation.tokens, untils[event.prompt], event.generation.text)
+                        text = self._cut(event.generation.tokens, event.generation.text, untils[event.prompt])
                         answers[row] = text, _effort(event.generation)
                         self._remember("generate_until", requests[row].args, text)
                         bar.update()
         return answers
 
-    def _cut(self, tokens: list[int], until: Sequence[str], text: str | None = None) -> str:
-        """The text before the first stop string; a special token is found as a token, since it does not show in the text."""
+    def _cut(self, tokens: list[int], text: str, until: Sequence[str]) -> str:
+        """The text of the tokens before the first stop string; a special token is found as a token, since it does not show in the text."""
         stop_ids = {self._special[stop] for stop in until if stop in self._special}
         end = next((place for place, token in enumerate(tokens) if token in stop_ids), len(tokens))
-        if text is None or end < len(tokens):
+        if end < len(tokens):
             text = str(self.tokenizer.decode(tokens[:end], skip_special_tokens=True))
         for stop in filter(None, until):
             text = text.partition(stop)[0]
@@ -400,8 +400,12 @@ class BD3LM(DiffusionLM):
     objective = "bd3lm"
 
 
-def _listed(until: str | Sequence[str]) -> Sequence[str]:
-    return [until] if isinstance(until, str) else until
+def _listed(until: str | Sequence[str] | None) -> Sequence[str]:
+    """The stop strings, which a task may give as one text, or not at all; raises `UserError` for something else."""
+    found = [until] if isinstance(until, str) else until or []
+    is_texts = isinstance(found, (list, tuple)) and all(isinstance(stop, str) for stop in found)
+    require(is_texts, f"generation_kwargs.until={until!r} must be a text, or a list of texts")
+    return found
 
 
 def _effort(generation: sampling.Generation) -> dict[str, float]:

@@ -36,7 +36,10 @@ def rows_of_text(config: EvaluateConfig, model: DiffusionModel, seed: int) -> Te
     train, documents = data.load_documents(str(config.text_dataset), config.reading(), seed)
     if config.text_part == "all":
         documents = _together(train, documents)
-    rows, _ = data.pretraining_rows(documents, model.tokenizer, config.text_length, insert_eos=True)
+    try:
+        rows, _ = data.pretraining_rows(documents, model.tokenizer, config.text_length, insert_eos=True)
+    except UserError as error:  # it names the fields of a training
+        raise UserError(str(error).replace("max_length", "text_length").replace("eval_fraction", "text_fraction")) from None
     count = min(config.text_rows, len(rows))
     return torch.tensor(rows.select([place * len(rows) // count for place in range(count)])["input_ids"][:])
 

@@ -82,7 +82,7 @@ def content(summary: Row, samples: list[Row], record: Row) -> list[Block]:
         blocks += [Text("Quality against evaluations", 2), Image(plot(summary), caption)]
         if summary["frontier"]:
             blocks.append(frontier_table(summary["frontier"]))
-    return [*blocks, *_failures(samples), *_samples(samples)]
+    return [*blocks, *_failures(samples), *_samples(samples, summary["tasks"])]
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def task_table(tasks: list[Row]) -> Table:
         "metric": [row["metric"] for row in rows],
         "shots": [number(row["num_fewshot"]) for row in rows],
         "score": [estimate(row["value"], row["stderr"]) for row in rows],
-        "95% interval": [interval(row["value"], row["stderr"]) for row in rows],
+        "95% interval": [between(interval(row["value"], row["stderr"], row["independent"])) for row in rows],
         "chance": [estimate(row["chance"]) for row in rows],
     }
     for name, title in (("baseline", "parent"), ("champion", "champion"), ("published", "published")):
@@ -129,7 +129,7 @@ def text_table(text: Row) -> Table:
     rows = []
     for name, nats, stderr, bits, bits_stderr in lines:
         if text.get(nats) is not None:
-            numbers = estimate(text[nats], text.get(stderr or "")), interval(text[nats], text.get(stderr or ""))
+            numbers = estimate(text[nats], text.get(stderr or "")), between(interval(text[nats], text.get(stderr or "")))
             rows.append((name, *numbers, f"{math.exp(text[nats]):.2f}", estimate(text.get(bits or ""), text.get(bits_stderr or ""))))
     return Table(("model", "nats per token", "95% interval", "perplexity", "bits per byte"), tuple(rows))
 
@@ -167,19 +167,24 @@ def _failures(samples: list[Row]) -> list[Block]:
     return [Text("Failed samples", 2), Text(f"{len(failed):,} of {len(samples):,}; no mean counts them."), Table(("task", "", "why"), rows)]
 
 
-def _samples(samples: list[Row]) -> list[Block]:
-    """The worst and the best answers: by their score, and among equals by evaluations."""
-    ranked = sorted((row for row in samples if _score(row) is not None), key=lambda row: (_score(row), -(row["nfe"] or 0)))
+def _samples(samples: list[Row], tasks: list[Row]) -> list[Block]:
+    """The worst and the best answers by the metrics that stand for their tasks, and among equals by evaluations."""
+    is_higher_better = {row["metric"]: row["higher_is_better"] is not False for row in tasks if row["is_main"]}
+    ranked: list[tuple[float, Row]] = []
+    for row in samples:
+        named = {name if row["filter"] == "none" else f"{name}/{row['filter']}": value for name, value in row["scores"].items()}
+        found = [(name, value) for name, value in named.items() if name in is_higher_better and isinstance(value, (int, float))]
+        if row["failed"] is not None:
+            ranked.append((-math.inf, row | {"score": None}))
+        elif found:
+            name, value = found[0]
+            ranked.append((value if is_higher_better[name] else -value, row | {"score": value}))
     if not ranked:
         return []
-    worst, best = ranked[:SHOWN], ranked[max(SHOWN, len(ranked) - SHOWN) :][::-1]
+    ordered = [row for _, row in sorted(ranked, key=lambda pair: (pair[0], -(pair[1]["nfe"] or 0)))]
+    worst, best = ordered[:SHOWN], ordered[max(SHOWN, len(ordered) - SHOWN) :][::-1]
     blocks: list[Block] = [Text("Worst samples", 2), _sample_table(worst)]
     return [*blocks, Text("Best samples", 2), _sample_table(best)] if best else blocks
-
-
-def _score(row: Row) -> float | None:
-    scores = [value for value in row["scores"].values() if isinstance(value, (int, float))]
-    return -math.inf if row["failed"] is not None else float(scores[0]) if scores else None
 
 
 def _sample_table(rows: list[Row]) -> Table:
@@ -190,7 +195,7 @@ def _sample_table(rows: list[Row]) -> Table:
             _cut(row["prompt"], tail=True),
             _cut(row["target"]),
             _cut(row["failed"] or row["answer"]),
-            "failed" if row["failed"] else f"{_score(row):.3g}",
+            "failed" if row["failed"] else f"{row['score']:.3g}",
             number(row["nfe"]),
         )
         for row in rows
@@ -210,9 +215,24 @@ def estimate(value: float | None, stderr: float | None = None) -> str:
     return "–" if value is None else f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
 
 
-def interval(value: float | None, stderr: float | None) -> str:
-    """The 95% confidence interval of a score."""
-    return "–" if value is None or stderr is None else f"{value - Z95 * stderr:.3f} to {value + Z95 * stderr:.3f}"
+def interval(value: float, stderr: float | None, independent: int | None = None) -> tuple[float, float] | None:
+    """The 95% confidence interval of a score; None without a standard error.
+
+    Where it is the share of right ones among `independent` answers, Wilson's, which knows that 20 of 20 are not all; tasks
+    that weigh or err together count as the fewer answers that have this error. Else that of the normal distribution.
+    """
+    if stderr is None:
+        return None
+    if not independent:
+        return value - Z95 * stderr, value + Z95 * stderr
+    count = value * (1 - value) / stderr**2 if stderr > 1e-9 else independent
+    middle, half = value + Z95**2 / (2 * count), Z95 * math.sqrt(value * (1 - value) / count + (Z95 / (2 * count)) ** 2)
+    return max(0.0, (middle - half) / (1 + Z95**2 / count)), min(1.0, (middle + half) / (1 + Z95**2 / count))
+
+
+def between(ends: tuple[float, float] | None) -> str:
+    """An interval for people."""
+    return "–" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
 def number(value: float | None) -> str:
@@ -267,7 +287,9 @@ def plot(summary: Row) -> bytes:
 def _bars(axes: Any, points: list[Row], **style: Any) -> None:
     """Points with their 95% confidence intervals."""
     at, scores = [p["evaluations"] for p in points], [p["value"] for p in points]
-    axes.errorbar(at, scores, yerr=[Z95 * (p["stderr"] or 0) for p in points], capsize=2, elinewidth=0.7, **style)
+    ends = [interval(p["value"], p["stderr"], p["independent"]) or (p["value"], p["value"]) for p in points]
+    sizes = [[abs(score - end) for score, end in zip(scores, side, strict=True)] for side in zip(*ends, strict=True)]
+    axes.errorbar(at, scores, yerr=sizes, capsize=2, elinewidth=0.7, **style)
 
 
 def html(title: str, blocks: Sequence[Block]) -> str:

@@ -43,7 +43,10 @@ def build(candidate: Version, champion: Version | None) -> dict[str, Any]:
         "gate": {"word": verdict.word, "why": verdict.why},
         "metrics": [
             {"name": row.name, "word": row.word if champion else ""}
-            | {who: None if s is None else {"value": s.value, "stderr": s.stderr} for who, s in _both(row.candidate, row.champion).items()}
+            | {
+                who: s and {"value": s.value, "stderr": s.stderr}
+                for who, s in (*_both(row.candidate, row.champion).items(), ("gain", row.gain))
+            }
             for row in rows
         ],
         "samples": [
@@ -136,7 +139,10 @@ def _tables(review: dict[str, Any]) -> list[tuple[str, Rows]]:
     def score(cell: dict[str, Any] | None) -> str:
         return "-" if cell is None else str(gate.Score(**cell))
 
-    metrics = [[row["name"], *(score(row[n]) for n in names), *([row["word"]] if review["champion"] else [])] for row in review["metrics"]]
+    def words(row: dict[str, Any]) -> str:
+        return f"{row['word']} ({score(row['gain'])})" if row["gain"] else row["word"]
+
+    metrics = [[row["name"], *(score(row[n]) for n in names), *([words(row)] if review["champion"] else [])] for row in review["metrics"]]
     lines = [[row["what"], *(row[n] or "-" for n in names)] for row in review["lineage"]]
     changed = [[row["field"], *(str(row[n]) for n in names)] for row in review["differences"]]
     heads = (

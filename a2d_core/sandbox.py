@@ -1,8 +1,9 @@
 """The sandbox: programs that a model has written, run one by one in a process of their own, with little time, memory and nothing else.
 
-A program gets an empty directory in memory, a read-only view of the file system, no network, no other process, an empty
-environment, and limits on time, memory and file size; what it prints is thrown away. `code_eval` stands in for the
-metric of that name, from which the tasks of lm-eval (HumanEval, MBPP) take pass@k.
+A program gets an empty directory in memory, a read-only view of the file system, no network, no other process, nothing of
+this environment, and limits on time, memory and file size; what it prints is thrown away. `code_eval` stands in for the
+metric of that name, from which the tasks of lm-eval (HumanEval, MBPP) take pass@k. A program's tests run in its own process, as
+the tasks define it, so that one that is out to look right can.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from a2d_core.config import UserError
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 NO_NAMESPACES = 97  # exit code of the child where the kernel refuses
-Isolation = str
+ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}  # numpy starts threads otherwise, which it may not
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Outcome:
     """`passed`, `out of time`, or the last line of what was raised."""
 
 
-def run(program: str, isolation: Isolation = "namespaces", limits: Limits = Limits()) -> Outcome:
+def run(program: str, isolation: str = "namespaces", limits: Limits = Limits()) -> Outcome:
     """Run a Python program. With `isolation="process"` nothing but limits and an audit hook stand around it.
 
     Raises `UserError` where the kernel does not give namespaces.
@@ -60,7 +61,8 @@ def run(program: str, isolation: Isolation = "namespaces", limits: Limits = Limi
         numbers = (limits.cpu_seconds, limits.memory_mb, limits.file_mb)
         child = subprocess.Popen(
             [sys.executable, "-I", str(CHILD), isolation, directory, *map(str, numbers)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={}, cwd=directory, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ENVIRONMENT, cwd=directory,
+            start_new_session=True,
         )  # fmt: skip
         try:
             said, _ = child.communicate(f"{word}\n{program}".encode("utf-8", "replace"), timeout=limits.wall_seconds)
@@ -82,7 +84,7 @@ def run(program: str, isolation: Isolation = "namespaces", limits: Limits = Limi
 class CodeEval:
     """The metric `code_eval`: pass@k of candidate programs, each run with its test behind it."""
 
-    def __init__(self, isolation: Isolation, limits: Limits) -> None:
+    def __init__(self, isolation: str, limits: Limits) -> None:
         self.isolation, self.limits = isolation, limits
 
     def compute(
@@ -108,7 +110,7 @@ def pass_at_k(total: int, right: int, k: int) -> float:
 
 
 @contextmanager
-def code_eval(isolation: Isolation, limits: Limits = Limits()) -> Iterator[None]:
+def code_eval(isolation: str, limits: Limits = Limits()) -> Iterator[None]:
     """Let the tasks of lm-eval that are loaded meanwhile score programs with the sandbox, in place of a download that runs them here.
 
     Raises `UserError` at once where the sandbox does not work.

@@ -73,3 +73,19 @@ def no_forward(monkeypatch):
         raise AssertionError("a forward pass began")
 
     monkeypatch.setattr(DiffusionModel, "hidden", hidden)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """The directory of a tiny autoregressive model with random weights; modules that need a larger one have their own."""
+    import families  # heavy, and needed by few
+
+    return families.save_source(tmp_path_factory.mktemp("source"), layers=1, max_position_embeddings=128)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(source, tmp_path_factory):
+    """Objective -> the directory of its conversion."""
+    import families
+
+    return families.convert_both(source, tmp_path_factory.mktemp("converted"))

@@ -4,9 +4,9 @@ import json
 import math
 import os
 import shutil
+import statistics
 from dataclasses import replace
 
-import families
 import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
@@ -14,22 +14,12 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from a2d_core import embedded, models, perplexity, sampling, tasks
 from a2d_core.config import EvaluateConfig, SampleConfig, UserError
 from a2d_core.sampling import Event, Generation
-from a2d_core.stages import evaluate
+from a2d_core.scoring import Score, Scorer
+from a2d_core.stages import evaluate, table
 
 SAMPLE = SampleConfig(threshold=0.9)
 SMALL = EvaluateConfig(limit=2, text_rows=3, text_length=32, nelbo_samples=2)
 NO_TASKS = EvaluateConfig(tasks=(), text_rows=3, text_length=32, nelbo_samples=2)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """The directory of a tiny autoregressive model with random weights."""
-    return families.save_source(tmp_path_factory.mktemp("source"), layers=1, max_position_embeddings=128)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(source, tmp_path_factory):
-    return families.convert_both(source, tmp_path_factory.mktemp("converted"))
 
 
 def task_file(directory, **fields):
@@ -52,8 +42,10 @@ def test_the_stage_scores_tasks_and_text_and_repeats_to_the_digit(objective, che
         assert row["metric"] == "exact_match"
         assert row["value"] == row["baseline"]
         assert row["documents"] == (2 if row["task"] in embedded.TASKS else 10)
+    assert set(results["questions"]) == {"a2d_words/exact_match", "text/nelbo"}  # of what stands for the tasks that were asked for
     text = results["text"]
     assert text["tokens"] == 3 * 31
+    assert statistics.fmean(results["questions"]["text/nelbo"].values()) == pytest.approx(text["nelbo"])
     assert text["nelbo"] == pytest.approx(text["baseline_nelbo"])
     assert text["perplexity_bound"] == pytest.approx(math.exp(text["nelbo"]))
     assert text["stderr"] > 0
@@ -92,7 +84,8 @@ def test_the_group_is_the_mean_of_its_tasks_each_alike():
 
 def test_tasks_that_fail_on_the_same_words_are_no_more_certain_than_one():
     scores = {"a": 1.0, "b": 0.0, "c": 1.0, "d": 1.0}
-    samples = [{"doc": {"word": word}, "exact_match": score} for word, score in scores.items()]
+    known = {"filter": "none", "doc_hash": "", "prompt_hash": ""}
+    samples = [{"doc": {"word": word}, "doc_id": i, "exact_match": score, **known} for i, (word, score) in enumerate(scores.items())]
     numbers = {"exact_match,none": 0.75, "exact_match_stderr,none": 0.25}
     results = {
         "results": {task: {**numbers, "sample_len": 4} for task in embedded.TASKS} | {"a2d_words": {**numbers, "sample_len": 20}},
@@ -100,7 +93,7 @@ def test_tasks_that_fail_on_the_same_words_are_no_more_certain_than_one():
         "samples": dict.fromkeys(embedded.TASKS, samples),
         "higher_is_better": {},
     }
-    assert [row["stderr"] for row in evaluate.table(results, None)] == pytest.approx([0.25] * 6)
+    assert [row["stderr"] for row in table.rows_of(results, None)] == pytest.approx([0.25] * 6)
 
 
 def test_few_shot_examples_are_training_words(checkpoints, tmp_path):
@@ -151,6 +144,26 @@ def test_a_sample_whose_metrics_raise_is_recorded_and_counted(checkpoints, tmp_p
     assert [sample["failed"] for sample in samples] == ["ZeroDivisionError: division by zero", None, None, None]
     with pytest.raises(UserError, match="every sample of task 'some' failed, the first with: ZeroDivisionError"):
         evaluate.run(replace(config, limit=1), SAMPLE, checkpoints["mdlm"], tmp_path / "out")
+
+
+def test_a_sample_whose_likelihood_is_not_finite_is_no_part_of_the_mean(checkpoints, tmp_path, monkeypatch):
+    rows = [{"question": f"Q{i}", "choices": ["yes", "no"], "answer": 0} for i in range(3)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    task_file(
+        tmp_path, task="yes", dataset_path="json", dataset_kwargs={"data_files": {"test": str(tmp_path / "rows.json")}},
+        output_type="multiple_choice", doc_to_text="{{question}}", doc_to_choice="{{choices}}", doc_to_target="{{answer}}",
+        metric_list=[{"metric": "acc"}],
+    )  # fmt: skip
+
+    def score(self, questions, done=None):
+        return [[Score(math.nan if i == 1 else -1.0 - j, 0.0, 1) for j in (0, 1)] for i in range(len(questions))]
+
+    monkeypatch.setattr(Scorer, "score", score)
+    config = EvaluateConfig(tasks=("yes",), task_dirs=(str(tmp_path),), text_dataset=None)
+    (row,) = evaluate.run(config, SAMPLE, checkpoints["mdlm"], tmp_path / "out")["tasks"]
+    assert (row["value"], row["documents"], row["failed"]) == (1.0, 2, 1)  # lm-eval takes the first of two that are -inf
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["failed"] for sample in samples] == [None, "the likelihood is not finite", None]
 
 
 def test_two_processes_find_what_one_finds(checkpoints, tmp_path):

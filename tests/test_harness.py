@@ -52,6 +52,7 @@ def greedy(model, prompt, count):
     return sampling.generate(model, [model.tokenizer(prompt)["input_ids"]], SampleConfig(max_new_tokens=count))[0].tokens
 
 
+SHORT = {"max_gen_toks": 4}
 PROMPTS = ["Reverse: planet", "Sort: ab", "Upper: seven", "Last: x", "a longer prompt than the others"]
 
 
@@ -108,8 +109,8 @@ def test_a_special_token_stops_an_answer_though_its_text_is_not_shown(model):
     lm = DiffusionLM(model)
     user = model.tokenizer.convert_tokens_to_ids("<|user|>")
     tokens = [*model.tokenizer("ab")["input_ids"], user, *model.tokenizer("cd")["input_ids"]]
-    assert lm._cut(tokens, ["<|user|>"]) == "ab"
-    assert lm._cut(tokens, []) == "abcd"
+    assert lm._cut(tokens, "abcd", ["<|user|>"]) == "ab"
+    assert lm._cut(tokens, "abcd", []) == "abcd"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,22 @@ def test_do_sample_without_a_temperature_draws_at_one(model):
 def test_an_unknown_generation_argument_is_refused_by_name(model):
     with pytest.raises(UserError, match=r"unknown generation argument 'num_beams'.*max_gen_toks"):
         DiffusionLM(model).generate_until(requests("generate_until", (PROMPTS[0], {"num_beams": 4})))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": "warm"}, "generation_kwargs.temperature='warm' must be of type float"),
+        ({"temperature": -1.0}, "temperature must be 0 or more"),
+        ({"top_p": 0}, r"top_p must lie in \(0, 1\]"),
+        ({"max_gen_toks": 2.5}, "max_new_tokens=2.5 must be of type int"),
+        ({"until": 5}, "until=5 must be a text, or a list of texts"),
+        ({"until": ["a", 5]}, "must be a text, or a list"),
+    ],
+)
+def test_a_generation_argument_that_means_nothing_is_refused_before_any_work(model, arguments, message, no_forward):
+    with pytest.raises(UserError, match=message):
+        DiffusionLM(model).generate_until(requests("generate_until", (PROMPTS[0], SHORT), (PROMPTS[0], SHORT | arguments)))
 
 
 def test_a_task_may_narrow_what_is_drawn_from(model):

@@ -35,28 +35,34 @@ def test_the_probabilities_of_all_sequences_sum_to_one(objective: str, block_siz
 
 
 @pytest.mark.parametrize("order", likelihood.ORDERS)
-def test_a_sequence_scores_what_the_sampler_gives_it_step_by_step(order: str) -> None:
-    """One row, one block after the other, each step a pass of its own over what the sampler would see."""
-    model = diffusion_model("bd3lm", block_size=3).double()  # in float32 what is computed in another shape breaks ties otherwise
+@pytest.mark.parametrize(("objective", "block"), [("bd3lm", 1), ("bd3lm", 3), ("mdlm", 9)])
+def test_a_sequence_scores_what_the_sampler_gives_it_step_by_step_in_a_pass_per_token_of_a_block(
+    objective: str, block: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row, one block after the other, each step a pass of its own over what the sampler would see; blocks of one: the chain rule."""
+    model = diffusion_model(objective, block_size=block).double()  # in float32 what is computed in another shape breaks ties otherwise
     ids = torch.randint(3, 90, (1, 9), generator=torch.Generator().manual_seed(0))
     expected = 0.0
-    for start in range(0, 9, 3):
-        canvas = torch.cat([ids[:, :start], torch.full((1, 3), model.spec.mask_token_id)], 1)
-        hidden = set(range(start, start + 3))
-        while hidden:
-            position = torch.arange(start + 3)[None]
+    for start in range(0, 9, block):
+        canvas = torch.cat([ids[:, :start], torch.full((1, block), model.spec.mask_token_id)], 1)
+        masked = set(range(start, start + block))
+        while masked:
+            position = torch.arange(start + block)[None]
             with torch.no_grad():
-                log_p = model.logits(model.hidden(canvas, Slots.clean(position, position // 3)))[0].log_softmax(-1)
-            score = {i: float(likelihood.ORDERS[order](log_p[i : i + 1])) for i in hidden}
-            chosen = min(hidden, key=lambda i: (-score[i], i))
+                log_p = model.logits(model.hidden(canvas, Slots.clean(position, position // block)))[0].log_softmax(-1)
+            score = {i: float(likelihood.ORDERS[order](log_p[i : i + 1])) for i in masked}
+            chosen = min(masked, key=lambda i: (-score[i], i))
             expected -= float(log_p[chosen, ids[0, chosen]])
             canvas[0, chosen] = ids[0, chosen]
-            hidden.remove(chosen)
+            masked.remove(chosen)
+    passes, hidden = [], DiffusionModel.hidden
+    monkeypatch.setattr(DiffusionModel, "hidden", lambda *arguments, **options: passes.append(1) or hidden(*arguments, **options))
     found = likelihood.exact(model, model.objective.streams(ids, torch.ones_like(ids)), order=order)
     assert float(found.nats_B) == pytest.approx(expected, rel=1e-4)
+    assert len(passes) == block
 
 
-def test_blocks_of_one_token_are_the_chain_rule_and_the_nelbo_is_exact() -> None:
+def test_the_nelbo_of_blocks_of_one_token_is_exact() -> None:
     model = diffusion_model("bd3lm", block_size=1)
     ids = torch.randint(3, 90, (3, 7), generator=torch.Generator().manual_seed(0))
     streams = model.objective.streams(ids, torch.ones_like(ids))

@@ -10,7 +10,7 @@ from lm_eval.tasks import TaskManager
 from a2d_core import models, perplexity, tasks
 from a2d_core.config import EvaluateConfig, SampleConfig, UserError
 from a2d_core.harness import DiffusionLM
-from a2d_core.stages import evaluate
+from a2d_core.stages import evaluate, table
 
 SUBJECTS = ("anatomy", "college_physics", "world_religions")
 SAMPLE = SampleConfig(max_new_tokens=8, threshold=0.9)
@@ -67,6 +67,11 @@ def test_every_task_has_the_metrics_that_its_definition_asks_for(results):
     }  # fmt: skip
     assert all(row["failed"] == 0 and math.isfinite(row["value"]) for row in found.values())
     assert found["hellaswag", "acc"]["documents"] == 3
+    assert {row["metric"] for row in found.values() if row["independent"] is None} == {
+        "word_perplexity",
+        "byte_perplexity",
+        "bits_per_byte",
+    }
     # An untrained network knows nothing: a byte costs about 8 bits.
     assert found["wikitext", "bits_per_byte"]["value"] == pytest.approx(8, rel=0.1)
 
@@ -81,6 +86,24 @@ def test_the_definitions_own_code_made_the_prompts(results):
     assert choices[1] == " flies to the moon. again."  # process_docs
     assert samples["mmlu_anatomy"][0]["arguments"][2] == [samples["mmlu_anatomy"][0]["arguments"][0][0], " C"]
     assert "Robert is an actor, and" in samples["wikitext"][0]["arguments"][0][0]  # the detokenizer
+
+
+def test_a_metric_is_the_mean_of_its_parts_by_question_where_it_is_a_mean(results):
+    main = {f"{row['task']}/{row['metric']}": row for row in results[0]["tasks"] if row["is_main"]}
+    assert {name for name, parts in results[0]["questions"].items() if not parts} == {"wikitext/word_perplexity"}
+    for name, parts in ((name, parts) for name, parts in results[0]["questions"].items() if parts):
+        assert sum(parts.values()) / len(parts) == pytest.approx(main[name]["value"])
+        assert len(parts) == main[name]["documents"]
+
+
+def test_the_parts_of_a_groups_mean_weigh_as_its_tasks_do():
+    samples = {
+        task: [{"doc_id": i, "doc_hash": "", "prompt_hash": "", "filter": "none", "acc": float(i == 0)} for i in range(count)]
+        for task, count in (("few", 1), ("many", 3))
+    }
+    for value, weights in ((0.5, [1.0, 1.0, 0, 0]), (2 / 3, [2.0, 2 / 3, 0, 0])):  # by size, and each task alike
+        found = {"samples": samples, "group_subtasks": {"both": ["few", "many"]}, "results": {"both": {"acc,none": value}}}
+        assert list(table._questions(found, "both", "acc", "none").values()) == pytest.approx(weights)
 
 
 def test_each_answer_has_a_standard_error_and_single_letters_have_none(results):
@@ -129,6 +152,22 @@ def test_what_cannot_run_is_refused_before_any_work(names, changes, message, che
     config = EvaluateConfig(tasks=names, text_dataset=None, apply_chat_template=False, **changes)
     with pytest.raises(UserError, match=message):
         evaluate.run(config, SampleConfig(max_new_tokens=2000), checkpoints["mdlm"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"q": "How many?", "answer": "#### 1"}', "'question' is undefined"),
+        ('{"question": "How', "generating the dataset"),
+        ("", "."),
+    ],
+)
+def test_local_data_that_do_not_fit_the_task_are_told(text, message, checkpoints, tmp_path, no_forward):
+    (tmp_path / "test.jsonl").write_text(text)
+    config = EvaluateConfig(tasks=("gsm8k_cot",), datasets={"gsm8k_cot": str(tmp_path)}, text_dataset=None, num_fewshot=0)
+    told = rf"task 'gsm8k_cot' cannot be loaded \(.*{message}.*\): see that the files of evaluate.datasets are whole, and have the columns"
+    with pytest.raises(UserError, match=told):
+        evaluate.run(config, SAMPLE, checkpoints["mdlm"], tmp_path / "out")
 
 
 def test_whether_the_greedy_sampler_reproduces_a_choice_is_found_out_only_for_metrics_that_read_it(checkpoints, datasets, monkeypatch):

@@ -4,7 +4,6 @@ import json
 import math
 from importlib.metadata import version
 
-import families
 import pytest
 import torch
 
@@ -15,16 +14,6 @@ from a2d_core.stages import evaluate, repeat
 
 TEXT = "Über allen Gipfeln ist Ruh, in allen Wipfeln spürest du kaum einen Hauch. 🌲\n" * 20
 SETTINGS = "--set limit=2 --set text_rows=3 --set text_length=32 --set nelbo_samples=2 --set sample.temperature=0.7".split()
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return families.save_source(tmp_path_factory.mktemp("source"), layers=1, max_position_embeddings=128)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(source, tmp_path_factory):
-    return families.convert_both(source, tmp_path_factory.mktemp("converted"))
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +81,13 @@ def test_perplexity_on_the_command_line_scores_a_file_beside_the_source(checkpoi
     assert "bits per byte" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_text_that_is_too_short_for_a_row_names_the_field_to_lower(checkpoints, tmp_path):
+    (tmp_path / "short.txt").write_text("hi")
+    config = EvaluateConfig(text_dataset=str(tmp_path / "short.txt"), text_part="all")
+    with pytest.raises(UserError, match=r"do not make one row of text_length=128 tokens: lower text_length"):
+        perplexity.rows_of_text(config, models.load(checkpoints["mdlm"]), seed=0)
+
+
 def test_text_that_was_trained_on_is_not_scored_whole():
     with pytest.raises(UserError, match=r"text_part=all scores all of 'embedded:corpus', which pretrain.dataset trains on"):
         Recipe("x", "mdlm", evaluate=EvaluateConfig(text_part="all"))
@@ -150,6 +146,26 @@ def test_another_model_is_told_and_is_not_equal(tracked, checkpoints, tmp_path, 
     assert left.value.code == 1
     assert "settings, versions or weights differ:\n  weights.model: then" in said
     assert "results.text.nelbo: then" in said
+
+
+def test_what_a_later_version_writes_besides_is_not_compared(checkpoints, tmp_path):
+    config = EvaluateConfig(tasks=("words_last",), limit=2, text_dataset=None)
+    evaluate.run(config, SampleConfig(), checkpoints["mdlm"], tmp_path / "first")
+    results = json.loads((tmp_path / "first" / "results.json").read_text())
+    del results["questions"], results["tasks"][0]["independent"]
+    (tmp_path / "first" / "results.json").write_text(json.dumps(results))
+    assert repeat.run(tmp_path / "first", tmp_path / "again")[1:] == ([], [])
+    results["tasks"][0]["documents"] = 3
+    (tmp_path / "first" / "results.json").write_text(json.dumps(results))
+    assert repeat.run(tmp_path / "first", tmp_path / "again")[2] == ["results.tasks[0].documents: then 3, now 2"]
+
+
+def test_an_evaluation_of_another_version_is_named_as_one(checkpoints, tmp_path):
+    record = {"paths": {"model": str(checkpoints["mdlm"])}, "code": "source 1", "evaluate": {"samples": 3}, "sample": {}}
+    for name, text in (("evaluation.json", json.dumps(record)), ("results.json", "{}"), ("samples.jsonl", "")):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=r"another version \(source 1\) made that evaluation.* unknown field 'evaluate.samples'"):
+        repeat.run(tmp_path, tmp_path / "again")
 
 
 @pytest.mark.parametrize(

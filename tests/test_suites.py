@@ -142,6 +142,7 @@ def test_a_task_with_two_settings_has_two_rows_and_the_published_score_stands_be
     assert [(r["task"], r["entry"], r["num_fewshot"], r["published"], r["champion"]) for r in rows] == [
         ("words_sort 0-shot", "plain", 0, None, None), ("words_sort 2-shot", "with shots", 2, 0.4, 0.25),
     ]  # fmt: skip
+    assert [row["independent"] for row in rows] == [3, 3]
     head, *cells = report.task_table(rows).head, *report.task_table(rows).rows
     assert dict(zip(head, cells[1], strict=True))["vs published"] == f"{rows[1]['value'] - 0.4:+.3f}"
     assert dict(zip(head, cells[0], strict=True))["vs published"] == "–"
@@ -191,6 +192,15 @@ def test_what_a_model_writes_is_only_ever_text(output):
     assert "<script>" not in page and "<b>" not in page
 
 
+def test_the_interval_of_a_share_stays_between_zero_and_one_and_is_wide_where_all_are_right():
+    assert report.interval(1.0, 0.0, 20) == pytest.approx((0.839, 1.0), abs=1e-3)
+    assert report.interval(0.0, 0.0, 20) == pytest.approx((0.0, 0.161), abs=1e-3)
+    assert report.interval(0.5, 0.05, 100) == pytest.approx((0.404, 0.596), abs=1e-3)
+    assert report.interval(0.9, (0.9 * 0.1 / 19) ** 0.5, 20)[1] < 1
+    assert report.interval(7.0, 1.0) == pytest.approx((5.04, 8.96), abs=1e-2)
+    assert report.interval(7.0, None) is None
+
+
 def test_the_worst_and_the_best_samples_are_those_with_the_lowest_and_highest_scores():
     def sample(score, nfe, failed=None):
         return {
@@ -198,18 +208,31 @@ def test_the_worst_and_the_best_samples_are_those_with_the_lowest_and_highest_sc
             "prompt": f"p{score}-{nfe}",
             "target": "x",
             "answer": "y",
-            "scores": {"m": score},
+            "filter": "none",
+            "scores": {"other": 1 - score, "m": score},
             "nfe": nfe,
             "failed": failed,
         }
 
     samples = [sample(score, nfe) for score in (0.0, 1.0) for nfe in range(1, 8)] + [sample(0.5, 1, failed="ValueError: no")]
-    failures, told, table, _, worst, _, best = [*report._failures(samples), *report._samples(samples)]
+    tasks = [{"metric": "m", "is_main": True, "higher_is_better": None}, {"metric": "other", "is_main": False, "higher_is_better": None}]
+    failures, told, table, _, worst, _, best = [*report._failures(samples), *report._samples(samples, tasks)]
     assert failures.text == "Failed samples"
     assert told.text.startswith("1 of 15")
     assert table.rows == (("t", "1", "ValueError: no"),)
     assert [row[1] for row in worst.rows] == ["p0.5-1", "p0.0-7", "p0.0-6", "p0.0-5", "p0.0-4"]
     assert [row[1] for row in best.rows] == [f"p1.0-{nfe}" for nfe in range(1, 6)]
+    tasks[0]["higher_is_better"] = False
+    _, turned, _, _ = report._samples(samples[:-1], tasks)
+    assert [row[4] for row in turned.rows] == ["1"] * 5
+
+
+def test_an_answer_is_shown_once_though_several_filters_look_at_it():
+    row = {"task": "t", "doc_id": 0, "prompt": "p", "target": "x", "answer": "y", "nfe": 1, "failed": None, "scores": {"m": 1.0}}
+    samples = [row | {"filter": "strict"}, row | {"filter": "flexible"}]
+    tasks = [{"metric": f"m/{name}", "is_main": name == "flexible", "higher_is_better": True} for name in ("strict", "flexible")]
+    _, shown = report._samples(samples, tasks)
+    assert len(shown.rows) == 1
 
 
 # --- what the suites run ---

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import statistics
 import sys
 import time
 from collections import defaultdict
@@ -24,13 +22,13 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 from torch import Tensor
 
-from a2d_core import checkpoints, embedded, launch, models, perplexity, reading, registry, report, sandbox, suites, tasks
+from a2d_core import checkpoints, launch, models, perplexity, reading, registry, report, sandbox, suites, tasks
 from a2d_core.config import EvaluateConfig, SampleConfig, require
 from a2d_core.harness import DiffusionLM
 from a2d_core.models import DiffusionModel
 from a2d_core.scoring import Score
 from a2d_core.settings import build, parse_override, to_dict
-from a2d_core.stages import checks
+from a2d_core.stages import checks, table
 from a2d_core.suites import Part
 
 Row = dict[str, Any]
@@ -41,7 +39,7 @@ BOOTSTRAP = 1000
 """Resamples behind the standard error of a metric that has no formula for it."""
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "lm_eval", "numpy")
 """What a number may depend on."""
-FRONTIER = ("task", "metric", "value", "stderr", "evaluations", "tokens", "documents", "is_main")
+FRONTIER = ("task", "metric", "value", "stderr", "independent", "evaluations", "tokens", "documents", "is_main")
 """What a row of the frontier has of a row of the tasks."""
 REVEAL = ("threshold", "entropy_budget", "steps_per_block")
 """Fields that say how many tokens an evaluation reveals: the frontier tries one of them at a time."""
@@ -63,13 +61,15 @@ def run(
 ) -> dict[str, Any]:
     """Score the checkpoint at `model_dir`. Returned, and written to results.json:
 
-    `tasks`: a row for each task, metric and group: value, stderr, `chance` (the word tasks), `baseline` (the score of the
+    `tasks`: a row for each task, metric and group: value, stderr, `independent` (where each answer is right or wrong: how many
+    there are that err independently), `chance` (the word tasks), `baseline` (the score of the
     checkpoint at `baseline_dir`), `champion` (from `champion`, TASK/METRIC -> score), documents, `failed` (documents whose
-    metrics raised, which no mean counts, or whose likelihood is not finite), `evaluations` of the network and `tokens` per
+    metrics raised or whose likelihood is not finite, which no mean counts), `evaluations` of the network and `tokens` per
     answer, higher_is_better; `is_main` of the row that stands for a task that was asked for, or an entry of the suite, which
     also has its name (`entry`), num_fewshot and `published`.
     `text`: see `perplexity.summary`; `pretrained_dir` is the checkpoint before fine-tuning, which may forget how to write
-    plain text, `source_dir` the autoregressive model. `frontier`: rows of the tasks with other samplers.
+    plain text, `source_dir` the autoregressive model. `frontier`: rows of the tasks with other samplers. `questions`:
+    TASK/METRIC, of main rows, and text/nelbo -> question -> its part of the value, by which two models are compared.
 
     Beside it: samples.jsonl, every answer; evaluation.json, all that it takes to repeat this; lm_eval.json (lm_eval_2.json ...
     for the parts of a suite with other settings), what lm-eval says; report.html and frontier.png. `processes` > 1 share the
@@ -113,7 +113,7 @@ def work(
     baseline: tuple[list[Row] | None, Tensor | None] = (None, None)
     if baseline_dir is not None:
         baseline = _score(config, parts, loaded, models.load(baseline_dir, objective=objective), rows_BL, seed)
-    summary: Row = {"tasks": summarise(parts, results, baseline[0], champion), "text": None}
+    summary: Row = {"tasks": table.summarise(parts, results, baseline[0], champion), "text": None}
     if rows_BL is not None and nats_B is not None and bytes_B is not None:
         pretrained_B = None
         if pretrained_dir is not None:
@@ -122,8 +122,9 @@ def work(
         tokens = rows_BL[:, 1:].numel()
         summary["text"] = perplexity.summary(nats_B, bytes_B, tokens, ar_B=ar_B, pretrained=pretrained_B, baseline=baseline[1])
     summary["frontier"] = [
-        {"sampler": name, **{key: row[key] for key in FRONTIER}} for name, found in frontier for row in summarise(parts, found)
+        {"sampler": name, **{key: row[key] for key in FRONTIER}} for name, found in frontier for row in table.summarise(parts, found)
     ]
+    summary["questions"] = table.by_question(summary["tasks"], rows_BL, nats_B)
     if PartialState().is_main_process:
         settings = {"evaluate": evaluate, "sample": sample, "seed": seed, "processes": PartialState().num_processes}
         paths = {"model": model_dir, "baseline": baseline_dir, "pretrained": pretrained_dir, "source": source_dir}
@@ -135,11 +136,11 @@ def work(
 def write(output_dir: Path, summary: Row, results: list[Row], baseline: list[Row] | None, record: Row, started: float) -> None:
     """Write the files that `run` names."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    answers = [row for found in results for row in sample_rows(found)]
+    answers = [row for found in results for row in table.sample_rows(found)]
     names = [(found, task) for found in results for task in found["samples"]]
-    nfe, draws = ([value for found, task in names for value in _numbers(found, task, name)] for name in ("nfe", "nelbo_samples"))
+    nfe, draws = ([value for found, task in names for value in table.numbers_of(found, task, name)] for name in ("nfe", "nelbo_samples"))
     record |= {"seconds": round(time.perf_counter() - started, 3), "evaluations": sum(nfe), "nelbo_samples": sum(map(sum, draws))}
-    record["failed"] = sum(_failed(found, task) for found, task in names)
+    record["failed"] = sum(table.failed(found, task) for found, task in names)
     _write(output_dir / "results.json", summary)
     _write(output_dir / "evaluation.json", record)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
@@ -233,125 +234,10 @@ def _annotate(samples: dict[str, list[Row]], scores: dict[Key, Score], efforts: 
             row |= {"stderr": [score.stderr for score in found], "nelbo_samples": [score.samples for score in found]} if found else {}
             row |= efforts.get((task, row["doc_id"], 0), {})
             row["failed"] = None if row["metrics"] else next(reasons)
-            if row["failed"] is None and not all(math.isfinite(score.nats) for score in found):
-                row["failed"] = "the likelihood is not finite"
         require(
             any(row["failed"] is None for row in rows),
             f"every sample of task '{task}' failed, the first with: {rows[0]['failed']}. See that task and model suit, or leave it out",
         )
-
-
-def table(results: Row, baseline: Row | None) -> list[Row]:
-    """A row for each task and metric in lm-eval's results, the groups with a mean of their own behind the tasks."""
-    rows = []
-    for name, numbers in results["results"].items():
-        for key in (key for key in numbers if "," in key and "_stderr," not in key):
-            metric, _, variant = key.partition(",")
-            if not isinstance(numbers[key], (int, float)):
-                continue
-            members = results["group_subtasks"].get(name, [name])
-            is_words = set(members) <= set(embedded.TASKS)
-            stderr = _words_stderr(results, members) if is_words else numbers.get(f"{metric}_stderr,{variant}")
-            rows.append(
-                {
-                    "task": name,
-                    "metric": metric if variant == "none" else f"{metric}/{variant}",
-                    "value": float(numbers[key]),
-                    "stderr": float(stderr) if isinstance(stderr, (int, float)) else None,
-                    "chance": sum(map(embedded.chance_level, members)) / len(members) if is_words else None,
-                    "baseline": float(baseline["results"][name][key]) if baseline else None,
-                    "documents": numbers["sample_len"],
-                    "failed": _failed(results, name),
-                    "evaluations": _mean(results, name, "nfe"),
-                    "tokens": _mean(results, name, "tokens"),
-                    "higher_is_better": results["higher_is_better"].get(name, {}).get(metric),
-                }
-            )
-    return rows
-
-
-def _failed(results: Row, name: str) -> int:
-    """Documents of a task, or of the tasks of a group, that failed."""
-    if name in results["samples"]:
-        return len({row["doc_id"] for row in results["samples"][name] if row.get("failed")})
-    return sum(_failed(results, member) for member in results["group_subtasks"][name])
-
-
-def summarise(
-    parts: list[Part], results: list[Row], baseline: list[Row] | None = None, champion: dict[str, float] | None = None
-) -> list[Row]:
-    """The rows of all parts; a task that is in two of them is told apart by its shots. See `run`."""
-    rows = []
-    names = [name for found in results for name in found["results"]]
-    for i, (part, found) in enumerate(zip(parts, results, strict=False)):  # no results: in all processes but the first
-        scores = table(found, baseline[i] if baseline else None)
-        asked = part.entries or [suites.Entry(task) for task in part.evaluate.tasks]
-        chosen = {_chosen(entry, scores): entry for entry in asked}
-        for row in scores:
-            entry = chosen.get((row["task"], row["metric"]))
-            shots = part.evaluate.num_fewshot if part.entries else None
-            if names.count(row["task"]) > 1:
-                row["task"] = f"{row['task']} {shots}-shot"
-            row |= {"is_main": entry is not None, "entry": entry.name or None if entry else None, "num_fewshot": shots}
-            row |= {name: getattr(entry, name) if entry else None for name in ("published", "source", "note")}
-            row["champion"] = (champion or {}).get(f"{row['task']}/{row['metric']}")
-            rows.append(row)
-    return rows
-
-
-def _chosen(entry: suites.Entry, scores: list[Row]) -> tuple[str, str] | None:
-    """Task and metric of the row that stands for an entry; where the task has no metric of its name, the first."""
-    metrics = [str(row["metric"]) for row in scores if row["task"] == entry.task]
-    return (entry.task, entry.metric if entry.metric in metrics else metrics[0]) if metrics else None
-
-
-def sample_rows(results: Row) -> list[Row]:
-    """A row for each document of each task (and filter): what was asked, expected and answered, the scores, and what it took."""
-    rows = []
-    for task, samples in results["samples"].items():
-        for row in samples:
-            asked = row["arguments"]
-            first = asked[0] if isinstance(asked, list) else next(iter(asked.values()))
-            prompt = first[0] if isinstance(first, list) else first.get("arg_0")
-            answer = row["filtered_resps"]
-            rows.append(
-                {
-                    "task": task,
-                    "num_fewshot": results["n-shot"].get(task),
-                    "doc_id": row["doc_id"],
-                    "filter": row["filter"],
-                    "prompt": prompt,
-                    "target": row["target"],
-                    "response": row["resps"],
-                    "answer": answer[0] if isinstance(answer, list) and len(answer) == 1 else answer,
-                    "scores": {metric: row.get(metric) for metric in row["metrics"]},
-                    "failed": row["failed"],
-                    **{name: row.get(name) for name in ("nfe", "tokens", "logprob", "stderr", "nelbo_samples")},
-                }
-            )
-    return rows
-
-
-def _numbers(results: Row, name: str, number: str) -> list[Any]:
-    """A number of every document of a task, or of the tasks of a group, that has it; a document has a sample for each filter."""
-    if name not in results["samples"]:
-        return [found for member in results["group_subtasks"][name] for found in _numbers(results, member, number)]
-    return list({row["doc_id"]: row[number] for row in results["samples"][name] if number in row}.values())
-
-
-def _mean(results: Row, name: str, number: str) -> float | None:
-    found = _numbers(results, name, number)
-    return statistics.fmean(found) if found else None
-
-
-def _words_stderr(results: Row, members: list[str]) -> float | None:
-    """Standard error of the mean over word tasks: over words, since tasks that ask about the same word do not err independently."""
-    by_word = defaultdict(list)
-    for sample in (sample for task in members for sample in results["samples"][task]):
-        if "exact_match" in sample:  # it has not failed
-            by_word[sample["doc"]["word"]].append(sample["exact_match"])
-    means = [statistics.fmean(scores) for scores in by_word.values()]
-    return statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
 
 
 # --- what they share ------------------------------------------------------------------------------

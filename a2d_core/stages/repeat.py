@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from a2d_core import review
-from a2d_core.config import EvaluateConfig, SampleConfig, require
+from a2d_core.config import EvaluateConfig, SampleConfig, UserError, require
 from a2d_core.settings import build
 from a2d_core.stages import evaluate
 
@@ -21,7 +21,7 @@ def run(earlier: Path, output_dir: Path, *, model_dir: str | None = None) -> tup
     """Repeat the evaluation whose files are in `earlier`, with the model at `model_dir` or else where it was.
 
     Returns its results, how the settings, the weights, the versions and the machine differ from then, and how the results do.
-    Raises `UserError` where a directory that it needs is not there.
+    Raises `UserError` where a directory that it needs is not there, or the settings are not those of this version.
     """
     then = read(earlier)["record"]
     paths = {**then["paths"], **({"model": model_dir} if model_dir else {})}
@@ -29,9 +29,15 @@ def run(earlier: Path, output_dir: Path, *, model_dir: str | None = None) -> tup
         require(
             path is None or Path(path).is_dir(), f"the {role} of that evaluation, '{path}', is not there: put it back, or give --model DIR"
         )
+    try:
+        config, sample = build(EvaluateConfig, then["evaluate"], "evaluate"), build(SampleConfig, then["sample"], "sample")
+    except UserError as error:
+        raise UserError(
+            f"another version ({then['code']}) made that evaluation, with settings that this one does not have: {error}"
+        ) from None
     results = evaluate.run(
-        build(EvaluateConfig, then["evaluate"], "evaluate"),
-        build(SampleConfig, then["sample"], "sample"),
+        config,
+        sample,
         paths["model"],
         output_dir,
         seed=then["seed"],
@@ -39,7 +45,7 @@ def run(earlier: Path, output_dir: Path, *, model_dir: str | None = None) -> tup
         **{f"{role}_dir": paths[role] for role in ("baseline", "pretrained", "source")},
     )
     (theirs, ours), (before, after) = (list(map(part, (read(earlier), read(output_dir)))) for part in (_settings, _outcome))
-    return results, differences(theirs, ours), differences(before, after)
+    return results, differences(theirs, ours), differences(before, _as_then(before, after))
 
 
 def read(directory: Path) -> Row:
@@ -60,6 +66,15 @@ def _outcome(one: Row) -> Row:
     """Results and samples, without the champion's numbers, which may be another's by now."""
     tasks = [{name: value for name, value in row.items() if name != "champion"} for row in one["results"]["tasks"]]
     return {"results": {**one["results"], "tasks": tasks}, "samples": one["samples"]}
+
+
+def _as_then(then: Any, now: Any) -> Any:
+    """Without the fields that a later version of this program has added."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return {name: _as_then(then[name], value) for name, value in now.items() if name in then}
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        return [_as_then(*pair) for pair in zip(then, now, strict=True)]
+    return now
 
 
 def differences(then: Any, now: Any) -> list[str]:

@@ -35,9 +35,8 @@ def run(
     """Answer rows of prompts (default: `config.prompts`) into the file `output` (.jsonl), or into samples.jsonl below it.
 
     Each answer is written when it is there, and the file has the prompts' order in the end. `resume`: answers that are in it
-    already are kept. `infill`: fill the gaps of the prompts. `animate`: a page that replays the first answers.
-    `objective`: needed where the checkpoint does not say it. Raises
-    `UserError`, before any answer, where a prompt cannot be answered.
+    already are kept. `infill`: fill the gaps of the prompts. `animate`: a page that replays the first answers. `objective`: needed
+    where the checkpoint does not say it. Raises `UserError`, before any answer, where a prompt cannot be answered.
     """
     rows = [{"prompt": prompt} for prompt in config.prompts] if rows is None else rows
     output = Path(output) if Path(output).suffix == ".jsonl" else Path(output, "samples.jsonl")

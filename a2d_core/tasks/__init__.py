@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,9 @@ from unittest.mock import patch
 import lm_eval.api.task
 import lm_eval.evaluator
 import lm_eval.tasks
+from datasets.exceptions import DatasetsError
 from huggingface_hub.constants import HF_HUB_OFFLINE
+from jinja2 import TemplateError
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
@@ -55,7 +58,8 @@ def load(config: EvaluateConfig) -> list[Task | Group]:
             )
         for name, directory in config.datasets.items():
             _use_local_data(name, Path(directory), config, manager)
-        loaded = [part for name in config.tasks for part in _load(name, manager)]
+        local = {leaf for name in config.datasets for leaf, _ in _leaves(name, manager)}
+        loaded = [part for name in config.tasks for part in _load(name, manager, any(leaf in local for leaf, _ in _leaves(name, manager)))]
     _require_once(loaded)
     return loaded
 
@@ -74,12 +78,16 @@ def reads_is_greedy(task: Task) -> bool:
 
 @contextmanager
 def recorded_failures(tasks: Iterable[Task]) -> Iterator[dict[str, list[str]]]:
-    """Let a document whose metrics raise an error have none, in place of ending the run; task -> what was raised, in order."""
+    """Let a document whose likelihood is not finite, or whose metrics raise an error, have none; task -> why, in order."""
     failures: dict[str, list[str]] = {}
 
-    def attempt(process_results: Callable[..., dict[str, Any]], found: list[str], *arguments: Any) -> dict[str, Any]:
+    def attempt(process_results: Callable[..., dict[str, Any]], found: list[str], document: Any, answers: list[Any]) -> dict[str, Any]:
+        values = (answer[0] if isinstance(answer, (tuple, list)) and answer else answer for answer in answers)
+        if not all(math.isfinite(value) for value in values if isinstance(value, float)):
+            found.append("the likelihood is not finite")
+            return {}
         try:
-            return process_results(*arguments)
+            return process_results(document, answers)
         except Exception as error:  # a task's own code, and perhaps the model's: whatever it raises is told
             found.append(f"{type(error).__name__}: {error}")
             return {}
@@ -178,16 +186,17 @@ def _use_local_data(name: str, directory: Path, config: EvaluateConfig, manager:
         manager.task_index[task] = replace(entry, yaml_path=None, cfg={**file, **data})
 
 
-def _load(name: str, manager: TaskManager) -> list[Task | Group]:
+def _load(name: str, manager: TaskManager, has_local_data: bool) -> list[Task | Group]:
     try:
         loaded = manager.load([name])
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        remedy = (
-            "the Hub is off (HF_HUB_OFFLINE is set), and the data are not in its cache: unset it once, or leave the task out"
-            if HF_HUB_OFFLINE
-            else "check the connection to the Hub, set HF_TOKEN where the data are gated, and install the packages it names"
-        )
-        raise UserError(f"task '{name}' cannot be loaded ({' '.join(str(error).split())}): {remedy}") from error
+    except (OSError, ValueError, RuntimeError, ImportError, LookupError, TemplateError, DatasetsError, StopIteration) as error:
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split()) or "its data have no rows"
+        remedy = "check the connection to the Hub, set HF_TOKEN where the data are gated, and install the packages it names"
+        if has_local_data:
+            remedy = "see that the files of evaluate.datasets are whole, and have the columns of the original"
+        elif HF_HUB_OFFLINE:
+            remedy = "the Hub is off (HF_HUB_OFFLINE is set), and the data are not in its cache: unset it once, or leave the task out"
+        raise UserError(f"task '{name}' cannot be loaded ({reason}): {remedy}") from error
     inner = {child for children in loaded["group_map"].values() for child in children}
     found = {**loaded["tasks"], **loaded["groups"]}
     for task in loaded["tasks"].values():
