@@ -22,7 +22,7 @@ import pytest
 import yaml
 from moto.server import ThreadedMotoServer
 
-from a2d_core import presets, registry, tracking
+from a2d_core import checkpoints, presets, registry, tracking
 from a2d_core.config import SampleConfig
 
 pytestmark = pytest.mark.long
@@ -230,7 +230,7 @@ def test_each_flow_registered_a_version_of_its_own_that_loads_from_s3(team, flow
     assert sorted(version.tags["metaflow.run"] for version in versions) == sorted(f"A2DFlow/{number}" for number in flows)
     for version in versions:
         checkpoint = tracking.checkpoint_of(f"models:/team/{version.version}")
-        assert registry.digest(checkpoint) == version.tags[registry.DIGEST_TAG]
+        assert checkpoints.digest(checkpoint) == version.tags[registry.DIGEST_TAG]
     assert len({version.tags[registry.DIGEST_TAG] for version in versions}) == len(FLOWS)
 
 
