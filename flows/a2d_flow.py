@@ -6,7 +6,6 @@ import gc
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,6 +70,7 @@ class A2DFlow(FlowSpec):
         """Resolve and check the recipe, reach the MLflow server, and open the run there."""
         from a2d_core.stages import checks, preflight, register
 
+        # at the spaces before a name: a value may hold some itself
         changes = re.split(r"\s+(?=(?:\w+\.)+\w+=|seed=)", self.overrides.strip()) if self.overrides.strip() else []
         recipe = presets.resolve(self.preset.to_dict(), self.objective, changes, self.seed)
         check_compute(recipe, self.preset.to_dict())
@@ -230,12 +230,12 @@ class A2DFlow(FlowSpec):
         self.owed = {}
         with (
             tracking.stage_run(self.mlflow_run, name, params=to_dict(config), tags={"metaflow.task": current.pathspec}) as run_id,
-            tempfile.TemporaryDirectory(prefix=f"a2d-{name}-") as room,
+            store.workroom(name) as room,
             checks.memory_advice(name, config),
         ):
             store.delete(getattr(self, "spent", []))  # only here: until a training step has ended, a retry goes on from them
             self.spent: list[store.Reference] = []
-            yield recipe, Path(room), run_id
+            yield recipe, room, run_id
         print(f"{name} took {timedelta(seconds=round(time.monotonic() - begun))}")
         gc.freeze()  # the process ends now: to take apart all that it has loaded would cost more than a second
 
@@ -252,8 +252,8 @@ class A2DFlow(FlowSpec):
         if nodes.rank:  # node 0 tracks, and has the weights in the end
             recipe = build(Recipe, self.recipe)
             if getattr(recipe, name).enabled:
-                with tempfile.TemporaryDirectory(prefix=f"a2d-{name}-") as room:
-                    self._fit(name, run, recipe, Path(room), nodes)
+                with store.workroom(name) as room:
+                    self._fit(name, run, recipe, room, nodes)
             return
         with self._stage(name) as (recipe, room, run_id):
             config = getattr(recipe, name)
@@ -277,18 +277,18 @@ class A2DFlow(FlowSpec):
         self, name: str, run: Callable[..., dict[str, Any]], recipe: Recipe, room: Path, nodes: launch.Nodes, **followed: Any
     ) -> tuple[dict[str, Any], follow.Follower]:
         """A training stage's work on this node: from the last checkpoint, which all nodes have stored, to its numbers."""
-        config = getattr(recipe, name)
+        config, is_main = getattr(recipe, name), nodes.rank == 0
         lineage = self.model["key"]  # a checkpoint that began at other weights, as before `resume pretrain`, is not gone on from
 
         def keep(number: int, checkpoint: Path) -> None:
-            store.put_dir(checkpoint, store.part("training", nodes.rank), step=number, lineage=lineage)
-            if nodes.rank == 0:
+            score = checkpoints.score(checkpoint) if is_main else None
+            store.put_dir(checkpoint, store.part("training", nodes.rank), step=number, score=score, lineage=lineage)
+            if is_main:
                 store.prune("training", keep=config.keep_checkpoints, nodes=nodes.count)
 
-        saved = store.get_latest("training", room / "checkpoint", nodes=nodes.count, lineage=lineage)
-        resume_from = str((room / "checkpoint").rename(room / f"checkpoint-{saved['metadata']['step']}")) if saved else None
-        if nodes.rank == 0:
-            print(f"{name} goes on from step {saved['metadata']['step']}" if saved else f"{name} starts at step 0")
+        newest = store.restore("training", room / "output", nodes=nodes.count, lineage=lineage)
+        if is_main:
+            print(f"{name} goes on from step {newest.name.removeprefix('checkpoint-')}" if newest else f"{name} starts at step 0")
         with follow.Follower(room / "output", on_checkpoint=keep, **followed) as follower:
             numbers = run(
                 config,
@@ -298,7 +298,7 @@ class A2DFlow(FlowSpec):
                 processes=recipe.compute.train.processes,
                 strategy=recipe.compute.train.strategy,
                 nodes=nodes,
-                resume_from=resume_from,
+                resume_from=str(newest) if newest else None,
             )
         return numbers, follower
 

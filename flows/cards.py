@@ -16,6 +16,7 @@ import a2d_core
 from a2d_core import presets, report
 from a2d_core.config import Recipe
 from a2d_core.report import estimate, number
+from a2d_core.review import aligned, markdown_table
 
 TITLES = {"pretrain": "Continued pretraining", "sft": "Supervised fine-tuning"}
 CURVES = {"loss": ("training loss", "#4c78a8"), "eval_nelbo": ("held-out NELBO", "#e45756")}
@@ -116,15 +117,15 @@ def closing_words(recipe: Recipe, results: dict[str, Any] | None, registered: Ro
     is_local = uri.startswith("sqlite:")
     look = [
         ("cards", f"{tool('python')} {short(sys.argv[0])} card server --run-id {run_id}"),
-        ("MLflow", f"{tool('mlflow')} ui --backend-store-uri {uri}" if is_local else uri),
+        ("MLflow", f"{tool('mlflow')} ui --backend-store-uri {shlex.quote(uri)}" if is_local else uri),
     ]
     if registered:
         look.append(("registered", f"{registered['name']} version {registered['version']}, alias candidate, review pending"))
-        look.append(("review", f"{tool('python')} -m a2d_core registry review {registered['name']}"))
+        look.append(("review", f"{tool('python')} -m a2d_core registry review {shlex.quote(registered['name'])}"))
     if model:
         look.append(("chat", chat_command(recipe, model)))
     elif registered:
-        look.append(("download", f"mlflow artifacts download --artifact-uri {registered['uri']} --dst-path model"))
+        look.append(("download", f"mlflow artifacts download --artifact-uri {shlex.quote(registered['uri'])} --dst-path model"))
     return "\n".join([*lines, *aligned(look)])
 
 
@@ -148,18 +149,6 @@ def text_rows(text: Row) -> list[tuple[str, str]]:
     }
     rows = [(meaning, f"{text[name]:.3f}") for name, meaning in before.items() if text.get(name) is not None]
     return [*rows, ("finished model, NELBO", estimate(text["nelbo"], text["stderr"]))]
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """Rows, the first of them the head, as a Markdown table."""
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows as lines of text with their columns under one another."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
-    return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def chat_command(recipe: Recipe, model: Path) -> str:
