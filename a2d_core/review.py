@@ -107,7 +107,12 @@ def text(review: dict[str, Any]) -> str:
     for sample in review["samples"]:
         answers = [f"  {who:<10} {_flat(sample[who])}" for who in ("candidate", "champion") if champion or who == "candidate"]
         parts.append("\n".join([f"> {_flat(sample['prompt'])}", *answers]))
-    return re.sub(r"[^\n\x20-\x7e\xa0-\U0010ffff]", "\N{REPLACEMENT CHARACTER}", "\n\n".join(parts))
+    return visible("\n\n".join(parts))
+
+
+def visible(text: str) -> str:
+    """Text without the characters that command a terminal."""
+    return re.sub(r"[^\n\x20-\x7e\xa0-\U0010ffff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def markdown(review: dict[str, Any]) -> str:

@@ -143,6 +143,7 @@ class A2DFlow(FlowSpec):
                 model = store.get_dir(self.model, room / "model")
                 self.samples = sample.run(recipe.sample, model, room / "output", seed=recipe.seed)["samples"]
                 tracking.log_samples(self.samples)
+                print(*cards.sample_lines(self.samples), sep="\n")
             cards.show_samples(current.card["samples"], recipe, self.samples)
         self.next(self.evaluate)
 
@@ -183,8 +184,8 @@ class A2DFlow(FlowSpec):
                 self.results, blocks = results, report.read(room / "output")
             self.verdict = register.judge(recipe, self.results) if recipe.register.enabled else {}
             if self.verdict:
-                print("gate: " + ": ".join(self.verdict[tag] for tag in ("gate", "gate.why") if tag in self.verdict))
-            cards.show_evaluation(current.card["evaluation"], recipe, blocks)
+                print(f"gate: {cards.gate_words(self.verdict)}")
+            cards.show_evaluation(current.card["evaluation"], recipe, blocks, self.verdict)
         self.next(self.register)
 
     @step
@@ -216,7 +217,7 @@ class A2DFlow(FlowSpec):
         exported = None
         if platform_here(recipe.compute) == "local":
             exported = store.get_dir(self.model, Path(self.export_dir) / current.run_id / "model")
-        print(cards.closing_words(recipe, self.results, self.registered, exported, self.tracking_uri, current.run_id))
+        print(cards.closing_words(recipe, self.results, self.verdict, self.registered, exported, self.tracking_uri, current.run_id))
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[tuple[Recipe, Path, str]]:

@@ -470,11 +470,15 @@ def test_rollback_goes_back_one_champion_at_a_time(versions, command, client):
         return int(client.get_registered_model(versions.name).aliases["champion"])
 
     assert champion() == 3
+    assert "is the champion: take it back first" in command("reject", versions.name, "--version", 3, "--why", "no")[1]
     assert "rolled back from version 3 to version 2: it was slow" in command("rollback", versions.name, "--why", "it was slow")[1]
     assert champion() == 2
     assert client.get_model_version(versions.name, "3").tags["rolled_back.why"] == "it was slow"
     client.delete_model_version(versions.name, "1")
-    assert command("rollback", versions.name) == (2, f"error: '{versions.name}' has no earlier champion to go back to\n")
+    assert command("rollback", versions.name) == (
+        2,
+        f"error: '{versions.name}' has no earlier champion to go back to: promote another version\n",
+    )
     assert command("promote", versions.name, "--version", 3)[0] == 0
     assert command("rollback", versions.name)[0] == 0
     assert champion() == 2
@@ -498,4 +502,4 @@ def test_what_is_not_there_is_named(versions, command):
     command("approve", versions.name)
     command("promote", versions.name)
     assert "is the champion already" in command("promote", versions.name, "--version", 1)[1]
-    assert "is the champion: take it back first" in command("reject", versions.name, "--version", 1, "--why", "no")[1]
+    assert "is the champion: promote another version first" in command("reject", versions.name, "--version", 1, "--why", "no")[1]
