@@ -109,7 +109,7 @@ def test_argo_and_kubernetes_accept_a_preset_and_each_step_asks_for_what_its_pro
     assert SECRET not in json.dumps(manifest)
     templates = {template["name"]: template for template in manifest["spec"]["templates"] if template.get("container")}
     assert set(STEPS) <= set(templates)
-    for step in templates:
+    for step in STEPS:
         need, template = flow_compute.need_of(step, compute), templates[step]
         container = template["container"]
         kubernetes_validate.validate(job(template), kubernetes_validate.latest_version(), strict=True)

@@ -398,7 +398,7 @@ def refusing():
 )
 def test_an_s3_that_refuses_is_told_and_not_taken_for_an_empty_one(status, code, what, refusing, tmp_path):
     refusing.status = status
-    hasty = {"METAFLOW_S3_RETRY_COUNT": "0", "METAFLOW_S3_TRANSIENT_RETRY_COUNT": "0", "AWS_MAX_ATTEMPTS": "1"}
-    environment = on_s3(f"http://127.0.0.1:{refusing.server_address[1]}") | hasty
+    hasty = {"RETRY_COUNT": "0", "TRANSIENT_RETRY_COUNT": "0", "CLIENT_RETRY_CONFIG": '{"max_attempts": 1, "mode": "standard"}'}
+    environment = on_s3(f"http://127.0.0.1:{refusing.server_address[1]}") | {f"METAFLOW_S3_{name}": value for name, value in hasty.items()}
     said = as_a_task(tmp_path, code, **environment)
     assert f"the s3 datastore refuses to {what} (" in said and "resume the run" in said
