@@ -126,9 +126,8 @@ def closing_words(
         lines += [*aligned([TASK_HEAD, *task_rows(results)]), ""]
     if results and results["text"]:
         lines += [*aligned([TEXT_HEAD, *text_rows(results["text"])]), ""]
-    flow = [tool("python"), short(sys.argv[0])] if model else ["python", "flows/a2d_flow.py"]  # else this is another machine
     look = [
-        ("cards", shlex.join([*flow, "card", "server", "--run-id", run_id])),
+        ("cards", flow_command("card", "server", "--run-id", run_id)),
         ("MLflow", shlex.join([tool("mlflow"), "ui", "--backend-store-uri", uri]) if uri.startswith("sqlite:") else uri),
     ]
     if verdict:
@@ -136,7 +135,7 @@ def closing_words(
     if registered:
         look.append(("registered", f"{registered['name']} version {registered['version']}, alias candidate, review pending"))
         there = [] if uri == tracking.default_uri() else ["--mlflow", uri]
-        look.append(("review", command("registry", "review", registered["name"], *there, is_here=bool(model))))
+        look.append(("review", command("registry", "review", registered["name"], *there)))
     if model:
         options = ["--preset", recipe.name] if recipe.name in presets.names() else []
         if not recipe.sft.enabled:
@@ -178,17 +177,27 @@ def text_rows(text: Row) -> list[tuple[str, str]]:
     return [*rows, ("finished model, NELBO", estimate(text["nelbo"], text["stderr"]))]
 
 
-def command(*words: str, is_here: bool = True) -> str:
-    """A command of a2d_core as one types it here: with PYTHONPATH where it is neither installed nor in the working directory."""
+def command(*words: str) -> str:
+    """A command of a2d_core as one types it: with PYTHONPATH where it is neither installed nor in the working directory."""
     home = Path(a2d_core.__file__).parents[1]
-    is_found = home == Path.cwd() or home.name in ("site-packages", "dist-packages")
-    path = "" if is_found or not is_here else f"PYTHONPATH={shlex.quote(short(home))} "
-    return path + shlex.join([tool("python") if is_here else "python", "-m", "a2d_core", *words])
+    is_found = home == Path.cwd() or home.name in ("site-packages", "dist-packages") or is_elsewhere()
+    path = "" if is_found else f"PYTHONPATH={shlex.quote(short(home))} "
+    return path + shlex.join([tool("python"), "-m", "a2d_core", *words])
+
+
+def flow_command(*words: str) -> str:
+    """A command of the flow as one types it."""
+    return shlex.join([tool("python"), "flows/a2d_flow.py" if is_elsewhere() else short(sys.argv[0]), *words])
+
+
+def is_elsewhere() -> bool:
+    """Whether this step runs on another machine than the one that started it, whose paths are not known here."""
+    return os.environ.get("METAFLOW_RUNTIME_ENVIRONMENT", "local") != "local"
 
 
 def tool(name: str) -> str:
     """A program of this run's environment as one types it: by its name where that environment is activated, else by its path."""
-    is_active = os.environ.get("VIRTUAL_ENV") == sys.prefix
+    is_active = os.environ.get("VIRTUAL_ENV") == sys.prefix or is_elsewhere()
     return name if is_active else short(Path(sys.executable).with_name(name))
 
 

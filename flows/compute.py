@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from metaflow import FlowMutator, user_step_decorator
+from metaflow import FlowMutator, current, user_step_decorator
 from metaflow.exception import MetaflowException
 from nodes import install
 
@@ -62,9 +62,16 @@ def told_plainly() -> Iterator[None]:
 
 @user_step_decorator
 def plain_refusals(step_name: str, flow: Any, inputs: Any = None, attributes: Any = None) -> Iterator[None]:
-    """Around each step: what the user can mend is told plainly."""
-    with told_plainly():
-        yield
+    """Around each step: what the user can mend is told plainly, and how to go on."""
+    try:
+        with told_plainly():
+            yield
+    except Exception:
+        if step_name != "start":  # before it, nothing was done; and a resumed run has the same parameters
+            import cards
+
+            print(f"when that is mended: {cards.flow_command('resume', '--origin-run-id', current.run_id)}", flush=True)
+        raise
 
 
 def read_preset(text: str) -> dict[str, Any]:

@@ -220,6 +220,7 @@ def test_one_damaged_byte_is_named_and_neither_begun_anew_nor_registered(tmp_pat
     assert code == 1
     assert f"the stored directory '{weights.parent}' is damaged: model.safetensors is not what was written" in " ".join(output.split())
     assert "pretrain starts at step 0" not in output and "Traceback" not in output
+    assert f"resume --origin-run-id {place.run_id()}" in output
     flipped(weights)
     (place.folder / "run_id").write_text(origin)
     code, output = place.resume(**armed)
