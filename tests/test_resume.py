@@ -342,6 +342,30 @@ def test_after_a_crash_the_best_checkpoint_is_there_again_though_newer_ones_have
     assert said == ["sft starts at step 0", "kept [2, 4, 5]", "sft goes on from step 5", "there [2, 5, 6] checkpoint-2"]
 
 
+PARTS = """
+for step, score in ((1, 1.0), (2, 2.0), (3, 3.0), (4, 0.0)):
+    for node in (0, 1):
+        if (node, step) == (1, 4):
+            break  # node 1 has not stored its part yet
+        folder = Path(f"of-{node}")
+        folder.mkdir(exist_ok=True)
+        for name in ("shared", f"own-{node}"):
+            (folder / name).write_text(f"{node} at {step}")
+        store.put_dir(folder, store.part("training", node), step=step, score=None if node else score)
+store.prune("training", keep=1, nodes=2)
+print([sorted(one["metadata"]["step"] for one in store.own(store.part("training", node))) for node in (0, 1)])
+print(store.restore("training", Path("there"), nodes=2))
+"""
+
+
+def test_of_several_nodes_a_checkpoint_counts_once_all_have_stored_their_parts(tmp_path):
+    assert as_a_task(tmp_path, PARTS).splitlines() == ["[[1, 3, 4], [1, 3]]", "there/checkpoint-3"]
+    for step in (1, 3):
+        files = {path.name: path.read_text() for path in (tmp_path / "there" / f"checkpoint-{step}").iterdir()}
+        assert files == {"shared": f"0 at {step}", "own-0": f"0 at {step}", "own-1": f"1 at {step}"}
+    assert len(list((tmp_path / "there").iterdir())) == 2
+
+
 def test_a_step_that_cannot_look_into_the_run_that_is_resumed_asks_for_a_metadata_service(tmp_path):
     said = as_a_task(tmp_path, 'current._origin_run_id = "9"\nprint(store.restore("training", Path("there")))')
     assert said.startswith("nothing is known here of run 9, which this one resumes: ") and "metadata service" in said
