@@ -44,6 +44,11 @@ def query(place, text):
         return database.execute(text).fetchall()
 
 
+def has_stored(place, step, pattern):
+    """Whether a step has stored a file of that name; what is deleted meanwhile does no harm, as it would to `rglob`."""
+    return any(step in Path(folder).parts and fnmatch.filter(names, pattern) for folder, _, names in os.walk(place))
+
+
 @dataclass(frozen=True)
 class Killed:
     """A run that SIGKILL ended in sft, once its first training checkpoint was stored, and that was resumed to its end."""
@@ -73,7 +78,7 @@ def killed(tmp_path_factory):
             start_new_session=True,
         )
     deadline = time.monotonic() + 240
-    while not any("sft" in Path(folder).parts and fnmatch.filter(names, "0.training.*.metadata") for folder, _, names in os.walk(place)):
+    while not has_stored(place, "sft", "0.training.*.metadata"):
         assert process.poll() is None, (place / "killed.log").read_text()
         assert time.monotonic() < deadline, (place / "killed.log").read_text()
         time.sleep(0.05)
