@@ -234,11 +234,12 @@ def test_one_damaged_byte_is_named_and_neither_begun_anew_nor_registered(tmp_pat
 
 
 AS_A_TASK = """
-import os
+import os, time
 from pathlib import Path
 from types import SimpleNamespace
 from metaflow import current
-current._set_env(SimpleNamespace(name="F", _graph_info={}), run_id="1", step_name="s", task_id="2", retry_count=0)
+run_id = str(time.time_ns())  # on S3 all tests have one bucket
+current._set_env(SimpleNamespace(name="F", _graph_info={}), run_id=run_id, step_name="s", task_id="2", retry_count=0)
 from a2d_core import store
 from a2d_core.config import UserError
 made = Path("made")
@@ -305,16 +306,19 @@ def run(config, model, output, resume_from, **_):  # keep_checkpoints = 2: when 
             (room / "trainer_state.json").write_text(json.dumps({"log_history": history[:step]}))
         (output / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in history[:step]))
         checkpoints.prune(output, 2, step, history[:step])
-        while step not in steps():
+        while step not in stored:
             time.sleep(0.02)
         if step == 5:
             raise MemoryError("as planned")
     return {"steps": 6}
 
-def steps():
-    return sorted(one["metadata"]["step"] for one in store.own("training"))
+flow, stored, put_dir = SimpleNamespace(model=store.put_dir(made, "model")), set(), store.put_dir
 
-flow = SimpleNamespace(model=store.put_dir(made, "model"))
+def put(path, name, **metadata):
+    put_dir(path, name, **metadata)
+    stored.add(metadata["step"])
+
+store.put_dir = put
 
 class Log:
     add = lambda self, rows: None
@@ -331,14 +335,15 @@ follow.Follower.__init__.__kwdefaults__["interval"] = 0.02
 try:
     fit("first", 0)
 except MemoryError:
-    print("kept", steps())
+    print("kept", sorted(one["metadata"]["step"] for one in store.own("training")))
 rows = fit("second", 1)
 print("there", sorted(checkpoints.steps(Path("second/output"))), checkpoints.best(Path("second/output"), rows).name)
 """
 
 
-def test_after_a_crash_the_best_checkpoint_is_there_again_though_newer_ones_have_followed(tmp_path):
-    said = as_a_task(tmp_path, FIT.replace("FLOWS", repr(str(ROOT / "flows")))).splitlines()
+@pytest.mark.parametrize("datastore", ["local", pytest.param("s3", marks=pytest.mark.long)])
+def test_after_a_crash_the_best_checkpoint_is_there_again_though_newer_ones_have_followed(datastore, tmp_path, request):
+    said = as_a_task(tmp_path, FIT.replace("FLOWS", repr(str(ROOT / "flows"))), **environment_of(datastore, request)).splitlines()
     assert said == ["sft starts at step 0", "kept [2, 4, 5]", "sft goes on from step 5", "there [2, 5, 6] checkpoint-2"]
 
 
@@ -358,8 +363,9 @@ print(store.restore("training", Path("there"), nodes=2))
 """
 
 
-def test_of_several_nodes_a_checkpoint_counts_once_all_have_stored_their_parts(tmp_path):
-    assert as_a_task(tmp_path, PARTS).splitlines() == ["[[1, 3, 4], [1, 3]]", "there/checkpoint-3"]
+@pytest.mark.parametrize("datastore", ["local", pytest.param("s3", marks=pytest.mark.long)])
+def test_of_several_nodes_a_checkpoint_counts_once_all_have_stored_their_parts(datastore, tmp_path, request):
+    assert as_a_task(tmp_path, PARTS, **environment_of(datastore, request)).splitlines() == ["[[1, 3, 4], [1, 3]]", "there/checkpoint-3"]
     for step in (1, 3):
         files = {path.name: path.read_text() for path in (tmp_path / "there" / f"checkpoint-{step}").iterdir()}
         assert files == {"shared": f"0 at {step}", "own-0": f"0 at {step}", "own-1": f"1 at {step}"}
