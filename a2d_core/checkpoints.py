@@ -66,7 +66,7 @@ def told(path: Path) -> Iterator[None]:
         room = f"{_mib(shutil.disk_usage(there).free)} are free at '{there}' now"
         last = newest(path.parent, digests=False)
         if last:
-            size = sum(entry["bytes"] for entry in json.loads((last / MANIFEST).read_text())["files"].values())
+            size = sum(entry["bytes"] for entry in _sealed(last).values())
             room += f", and a checkpoint takes {_mib(size)}"
         raise UserError(
             f"cannot write '{path}' ({reason}): {room}. Free some space or lower keep_checkpoints; {go_on(path.parent)}"
@@ -87,10 +87,7 @@ def _failed_write(error: BaseException) -> str | None:
 def damage(checkpoint: Path, *, digests: bool = True) -> str | None:
     """What is wrong with a checkpoint, or None; without `digests` the files' sizes are compared, and not what they hold."""
     try:
-        files = {
-            name: {"bytes": e["bytes"], "sha256": e["sha256"]}
-            for name, e in json.loads((checkpoint / MANIFEST).read_text())["files"].items()
-        }
+        files = _sealed(checkpoint)
     except FileNotFoundError:
         return f"it has no {MANIFEST}, which is written last"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -101,7 +98,14 @@ def damage(checkpoint: Path, *, digests: bool = True) -> str | None:
 def survey(folder: Path) -> Files:
     """The size and digest of each file below a directory."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest_of(path)} for path in found}
+    return {path.relative_to(folder).as_posix(): _entry(path) for path in found}
+
+
+def contents(folder: Path) -> Files:
+    """`survey`, and of a checkpoint what was written: its files are not read again, and what a disk has made of them since shows."""
+    if not (folder / MANIFEST).exists():
+        return survey(folder)
+    return _sealed(folder) | {MANIFEST: _entry(folder / MANIFEST)}
 
 
 def difference(folder: Path, files: Files, *, digests: bool = True) -> str | None:
@@ -126,7 +130,7 @@ def digest(model_dir: str | Path, *, as_sealed: bool = False) -> str:
     """
     folder = Path(model_dir)
     names = sorted(path.name for path in folder.iterdir() if path.suffix in MODEL_FILES and path.name != MANIFEST)
-    sealed = json.loads((folder / MANIFEST).read_text())["files"] if as_sealed else {}
+    sealed = _sealed(folder) if as_sealed else {}
     digests = {name: sealed[name]["sha256"] if as_sealed else _digest_of(folder / name) for name in names}
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
@@ -156,10 +160,20 @@ def check(checkpoint: Path) -> None:
 
 def best(output_dir: Path, history: Iterable[dict[str, Any]]) -> Path | None:
     """The whole checkpoint that was evaluated, by the rows of `history`, with the least held-out NELBO; the newest of equals."""
-    scores = {row["step"]: row["eval_nelbo"] for row in history if math.isfinite(row.get("eval_nelbo", math.nan))}
+    scores = _scores(history)
     whole = (step for step, path in steps(output_dir).items() if step in scores and damage(path, digests=False) is None)
     step = min(whole, key=lambda step: (scores[step], -step), default=None)
     return None if step is None else output_dir / f"checkpoint-{step}"
+
+
+def score(checkpoint: Path) -> float | None:
+    """The held-out NELBO of a `checkpoint-N`, where it was evaluated at its step: by this the best is told from the others."""
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return _scores(history).get(int(checkpoint.name.removeprefix("checkpoint-")))
+
+
+def _scores(history: Iterable[dict[str, Any]]) -> dict[int, float]:
+    return {row["step"]: row["eval_nelbo"] for row in history if math.isfinite(row.get("eval_nelbo", math.nan))}
 
 
 def prune(output_dir: Path, count: int, step: int, history: Iterable[dict[str, Any]] = ()) -> None:
@@ -188,6 +202,11 @@ def _seal(folder: Path) -> None:
         _sync(path)
 
 
+def _sealed(folder: Path) -> Files:
+    """What `_seal` wrote down."""
+    return {name: {"bytes": e["bytes"], "sha256": e["sha256"]} for name, e in json.loads((folder / MANIFEST).read_text())["files"].items()}
+
+
 def _move(source: Path, target: Path) -> None:
     """Give `source` the name `target`; what had that name goes."""
     if target.exists():
@@ -202,6 +221,10 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _digest_of(path)}
 
 
 def _digest_of(path: Path) -> str:

@@ -40,9 +40,9 @@ class Follower:
         with Follower(output_dir, log=MetricLog(run_id), on_rows=card.update, on_checkpoint=keep):
             sft.run(config, model_dir, output_dir)
 
-    A thread looks every `interval` seconds, and once more when the body has ended. `on_rows` gets all
-    rows so far, `on_checkpoint` the step of a complete new checkpoint and a directory of hard links to
-    it, which the trainer's own clean-up does not touch. Training neither waits nor fails for any of
+    A thread looks every `interval` seconds, and once more when the body has ended. `on_rows` gets all rows so far,
+    `on_checkpoint` the newest checkpoint and the best, once each, if they were not there at the beginning: the step, and a
+    directory of hard links, which the trainer's own clean-up does not touch. Training neither waits nor fails for any of
     this: while the log does not take rows, they wait, at the end for up to `patience` seconds; what
     raises is not done again, and its error is raised once the body has ended well. What the log has not
     taken by then is its owner's to send: `refused` is the log's last word, or None. Without a log, only checkpoints are followed.
@@ -63,7 +63,8 @@ class Follower:
         self.refused: Exception | None = None
         self._output_dir, self._log, self._interval, self._patience = Path(output_dir), log, interval, patience
         self._on_rows, self._on_checkpoint = on_rows, on_checkpoint
-        self._offset, self._last, self._shown, self._kept = 0, b"", 0, 0
+        self._offset, self._last, self._shown = 0, b"", 0
+        self._kept = set(checkpoints.steps(self._output_dir).values())
         self._refusals, self._next_try = 0, 0.0
         self._jobs = [self._read, self._show, self._keep, self._send] if log else [self._keep]
         self._ended = threading.Event()
@@ -128,11 +129,13 @@ class Follower:
             self._on_rows(self.rows)
 
     def _keep(self) -> None:
-        """Hand over the newest complete checkpoint, where it is new."""
-        found = checkpoints.newest(self._output_dir, digests=False)
-        step = int(found.name.removeprefix("checkpoint-")) if found else 0
-        if self._on_checkpoint is None or found is None or step <= self._kept:
-            return
+        """Hand over the best complete checkpoint and the newest, where they are new."""
+        if self._on_checkpoint:
+            for found in (checkpoints.best(self._output_dir, self.rows), checkpoints.newest(self._output_dir, digests=False)):
+                if found and found not in self._kept:
+                    self._hand_over(found, self._on_checkpoint)
+
+    def _hand_over(self, found: Path, on_checkpoint: Callable[[int, Path], None]) -> None:
         with tempfile.TemporaryDirectory(prefix="keep-", dir=self._output_dir.parent) as room:
             copy = Path(room) / found.name
             try:
@@ -140,10 +143,9 @@ class Follower:
             except (FileNotFoundError, shutil.Error):
                 if checkpoints.damage(found, digests=False) is None:
                     raise
-            if checkpoints.damage(copy, digests=False):
-                return  # the trainer was deleting it meanwhile, so there is a newer one to come
-            self._on_checkpoint(step, copy)
-        self._kept = step
+            if checkpoints.damage(copy, digests=False) is None:  # else the trainer was deleting it, so there is a newer or a better one
+                on_checkpoint(int(found.name.removeprefix("checkpoint-")), copy)
+                self._kept.add(found)
 
     def _send(self) -> None:
         if self._log is None or time.monotonic() < self._next_try:

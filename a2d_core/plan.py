@@ -54,9 +54,10 @@ class Shape:
         return self.parameters - self.vocabulary * self.hidden * (1 if self.is_tied else 2)
 
 
+TINY = Shape(1_066_688, 261, 128, 3, 128, 768, stored_bytes=4)
 SHAPES = {
-    "embedded": Shape(1_066_688, 261, 128, 3, 128, 768, stored_bytes=4),
-    "embedded:tiny": Shape(1_066_688, 261, 128, 3, 128, 768, stored_bytes=4),
+    "embedded": TINY,
+    "embedded:tiny": TINY,
     "embedded:smoke": Shape(90_880, 261, 64, 2, 64, 128, stored_bytes=4),
     "Qwen/Qwen3-0.6B": Shape(596_049_920, 151_936, 1024, 28, 2048, 3072, stored_bytes=2),
     "Qwen/Qwen2.5-Coder-0.5B-Instruct": Shape(494_032_768, 151_936, 896, 24, 896, 4864, stored_bytes=2),
@@ -70,7 +71,7 @@ class Known:
 
     source: str
     """Where the number comes from."""
-    rows: int | None = None
+    rows: int
     tokens: int | None = None
     """Of a text, for a subword vocabulary of some 50,000."""
     is_whole: bool = True
@@ -126,7 +127,7 @@ def find_shape(model: str, revision: str | None = None) -> tuple[Shape | None, s
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(model, revision=revision, local_files_only=True)
+        config = AutoConfig.from_pretrained(model, revision=revision, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         return None, f"the size of '{model}', which is neither a directory here nor in the Hub's cache ({str(error).splitlines()[0]})"
     with torch.device("meta"):
@@ -163,23 +164,18 @@ def count_rows(config: TrainConfig, is_text: bool, bytes_per_token: float) -> tu
 
 def _source_rows(source: Source, config: TrainConfig, is_text: bool, bytes_per_token: float) -> tuple[float | None, str]:
     path = Path(source.ref).expanduser()
-    known = KNOWN.get(source.ref) or KNOWN.get(path.name)
-    if path.exists():
-        known = _measured(path)
+    known = _measured(path, bytes_per_token) if path.exists() else KNOWN.get(source.ref) or KNOWN.get(path.name)
     if known is None:
         return None, "it is not here, and not in the table of known data sets"
-    kept = 1.0 if (known.is_whole and not path.exists()) or config.eval_split else 1 - config.eval_fraction
-    if source.train is not None:
-        kept = source.train / known.rows if known.rows else kept
+    share = 1.0 if known.is_whole or config.eval_split else 1 - config.eval_fraction
+    documents = known.rows * share if source.train is None else source.train
     if not is_text:
-        rows = source.train if source.train is not None else known.rows and known.rows * kept
-        return rows, known.source
-    tokens = known.tokens if known.tokens is None or not path.exists() else known.tokens / bytes_per_token  # of a file these are bytes
-    return tokens and tokens * kept / config.max_length, known.source
+        return documents, known.source
+    return known.tokens and known.tokens * documents / known.rows / config.max_length, known.source
 
 
-def _measured(path: Path) -> Known | None:
-    """Lines and bytes of a file or a directory of files; None where it holds none that can be counted."""
+def _measured(path: Path, bytes_per_token: float) -> Known | None:
+    """The lines of a file or a directory of files, and their tokens; None where it holds none that can be counted."""
     rows, size, files = 0, 0, sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in (file for file in files if file.suffix in (".txt", ".jsonl", ".json", ".csv", ".parquet")):
         if file.suffix == ".parquet":
@@ -191,7 +187,7 @@ def _measured(path: Path) -> Known | None:
         with file.open("rb") as lines:
             count = 1 if file.suffix == ".txt" else sum(1 for line in lines if line.strip())
         rows, size = rows + count, size + file.stat().st_size
-    return Known(f"{rows:,} lines, {size:,} bytes", rows, size) if rows else None
+    return Known(f"{rows:,} lines, {size:,} bytes", rows, int(size / bytes_per_token), is_whole=False) if rows else None
 
 
 # --- a stage --------------------------------------------------------------------------------------
@@ -213,8 +209,7 @@ def _stage(config: TrainConfig, name: str, recipe: Recipe, shape: Shape | None) 
         "tokens": seen and seen * config.max_length,
         "flops": seen and shape and seen * row_flops(shape, config, block),
         "memory_gib": shape and memory(shape, config, block, processes, recipe.compute.train.strategy) / GIB,
-        "disk_gib": shape
-        and shape.parameters * (checks.STATE_BYTES_PER_PARAMETER * (config.keep_checkpoints + 1) + checks.FINAL_BYTES_PER_PARAMETER) / GIB,
+        "disk_gib": shape and checks.disk_bytes(config, shape.parameters, shape.parameters) / GIB,
     }
     return stage, [] if steps else origins
 

@@ -144,7 +144,8 @@ def reject(name: str, number: int | str, why: str) -> str:
     found = read(name, number)
     require(
         _aliases(name).get("champion") != found.number,
-        f"version {found.number} of '{name}' is the champion: take it back first, with registry rollback {name}",
+        f"version {found.number} of '{name}' is the champion: "
+        + (f"take it back first, with registry rollback {name}" if len(_champions(name)) > 1 else "promote another version first"),
     )
     line = _decide(found, "review", f"rejected version {found.number}", why, review="rejected")
     _release_candidate(found)
@@ -190,7 +191,8 @@ def rollback(name: str, why: str | None = None) -> str:
     """Give the alias `champion` back to the version that had it before; raises `UserError` where there is none."""
     champions = _champions(name)
     require(
-        len(champions) > 1, f"'{name}' has no earlier champion to go back to" + ("" if champions else ": no version has been promoted yet")
+        len(champions) > 1,
+        f"'{name}' has no earlier champion to go back to: {'promote another version' if champions else 'no version has been promoted yet'}",
     )
     left, back = champions[-1], champions[-2]
     line = _decide(read(name, left), "rolled_back", f"rolled back from version {left} to version {back}", why)
@@ -243,7 +245,7 @@ def _model(name: str) -> Any:
     import mlflow
 
     client = mlflow.MlflowClient()
-    found = client.search_registered_models(f"name = '{name}'")
+    found = "'" not in name and client.search_registered_models(f"name = '{name}'")
     if not found:
         names = ", ".join(model.name for model in client.search_registered_models(max_results=20)) or "none"
         raise UserError(f"there is no registered model '{name}' at {mlflow.get_tracking_uri()}: there is {names}")

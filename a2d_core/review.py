@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,7 +99,7 @@ def differences(ours: Any, theirs: Any, where: str = "") -> Iterator[tuple[str, 
 
 
 def text(review: dict[str, Any]) -> str:
-    """A review for the terminal; plain, so that it reads the same in a pipe."""
+    """A review for the terminal; plain, so that it reads the same in a pipe, and no model's answer can command the terminal."""
     candidate, champion = review["candidate"], review["champion"]
     head = f"{review['name']}: candidate version {candidate['version']} ({_state(candidate['tags'])})"
     head += f" against champion version {champion['version']}" if champion else "; there is no champion yet"
@@ -109,7 +110,12 @@ def text(review: dict[str, Any]) -> str:
     for sample in review["samples"]:
         answers = [f"  {who:<10} {_flat(sample[who])}" for who in ("candidate", "champion") if champion or who == "candidate"]
         parts.append("\n".join([f"> {_flat(sample['prompt'])}", *answers]))
-    return "\n\n".join(parts)
+    return visible("\n\n".join(parts))
+
+
+def visible(text: str) -> str:
+    """Text without the characters that command a terminal."""
+    return re.sub(r"[^\n\x20-\x7e\xa0-\U0010ffff]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def markdown(review: dict[str, Any]) -> str:
@@ -117,16 +123,16 @@ def markdown(review: dict[str, Any]) -> str:
     champion = review["champion"]
     against = f"against champion version {champion['version']}" if champion else "with no champion yet"
     parts = [f"**Gate: {gate.Verdict(**review['gate'])}** ({against}, when it was registered)"]
-    parts += [f"### {title}\n{_markdown_table(rows)}" for title, rows in _tables(review)]
+    parts += [f"### {title}\n{markdown_table(rows)}" for title, rows in _tables(review)]
     if review["samples"]:
         rows = [[_flat(sample[key]) for key in ("prompt", "candidate", "champion")[: 3 if champion else 2]] for sample in review["samples"]]
-        parts.insert(2, f"### samples\n{_markdown_table([['prompt', 'candidate', 'champion'][: len(rows[0])], *rows])}")
+        parts.insert(2, f"### samples\n{markdown_table([['prompt', 'candidate', 'champion'][: len(rows[0])], *rows])}")
     while len("\n\n".join(parts)) > MOST_DESCRIPTION and len(parts) > 1:
         parts.pop(2 if len(parts) > 2 else 1)
     return "\n\n".join(parts)
 
 
-def aligned(rows: Rows) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines with their columns under one another."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
     return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -153,7 +159,8 @@ def _tables(review: dict[str, Any]) -> list[tuple[str, Rows]]:
     return [(title, [head, *rows]) for title, head, rows in heads if rows]
 
 
-def _markdown_table(rows: Rows) -> str:
+def markdown_table(rows: Rows) -> str:
+    """Rows, the first of them the head, as a Markdown table."""
     head, *body = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
 

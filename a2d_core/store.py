@@ -1,4 +1,4 @@
-"""Directories between the steps of the flow: put_dir, get_dir, get_latest, delete, prune; also in parts, one of each node.
+"""Directories between the steps of the flow, put_dir and get_dir; checkpoints of a training that is not done, restore and prune.
 
 Artifacts hold only the small reference that `put_dir` returns; the files lie in Metaflow's
 datastore, local or S3 alike, and are reached through metaflow-checkpoint's `Checkpoint`. The
@@ -6,14 +6,21 @@ datastore, local or S3 alike, and are reached through metaflow-checkpoint's `Che
 and call for a metadata service in a pod. All that `Checkpoint` needs to know of the task is one
 environment variable, which `_writer` sets. A reference carries the digest of each file, and no
 directory is handed out whose files are others.
+
+Of several nodes each stores its part of a checkpoint, under a name of its own. A stored checkpoint has in its metadata its
+`step` and its `score` (the lower, the better; None where it was not evaluated).
 """
 
 from __future__ import annotations
 
+import fcntl
+import math
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +28,8 @@ from typing import Any, cast
 from a2d_core import checkpoints
 from a2d_core.config import UserError, require
 
+ROOM = "a2d-step-"
+"""How the names of the directories begin that steps work in."""
 Reference = dict[str, Any]
 """What an artifact holds of a stored directory: its key, name, time of creation and metadata, with a digest of each file."""
 
@@ -35,7 +44,7 @@ def put_dir(path: str | Path, name: str, **metadata: Any) -> Reference:
     Raises `UserError` where the datastore does not take it.
     """
     assert "." not in name and "/" not in name, f"'.' and '/' separate the parts of a stored key: {name!r}"
-    files = checkpoints.survey(Path(path))
+    files = checkpoints.contents(Path(path))
     with _refusals(f"store '{path}' as '{name}'"):
         return cast(Reference, _writer().save(path=str(path), name=name, metadata={**metadata, "files": files}))
 
@@ -74,34 +83,61 @@ def part(name: str, node: int) -> str:
     return f"{name}-{node}" if node else name
 
 
-def get_latest(name: str, destination: str | Path, nodes: int = 1, **metadata: Any) -> Reference | None:
-    """Copy the newest whole directory of `stored(name, **metadata)` to `destination`; None where nothing was stored.
+def restore(name: str, output_dir: Path, nodes: int = 1, **metadata: Any) -> Path | None:
+    """Put what `stored(name, **metadata)` has of a training into `output_dir`: the newest whole checkpoint, and the best before it.
 
-    Of several nodes the parts are put together, those with the same `step`; of files with the same name, that of node 0 stays.
-    What is damaged is named and passed over. Raises `UserError` where all is damaged: what is there is not begun anew in silence.
+    Returns the newest, `output_dir/checkpoint-STEP`, to go on from; None where nothing was stored. Of several nodes the parts are
+    put together; of files with the same name, that of node 0 stays. What is damaged is named and passed over. Raises `UserError`
+    where all is damaged: what is there is not begun anew in silence.
     """
-    found, damaged = _whole(name, nodes, metadata), []
-    for first, *others in found:
-        try:
-            arrived = get_dir(first, destination)
-            for reference in others:
-                _join(get_dir(reference, arrived.with_name("part")), arrived)
-        except DamagedError as error:
-            damaged.append(str(error))
-            print(f"passed over: {error}")
-        else:
-            return first
-    require(not found, f"{'; '.join(damaged)}. There is no whole one to go on from: start a new run, or bring the files back")
-    return None
+    found = _whole([stored(part(name, node), **metadata) for node in range(nodes)])
+    damaged: list[str] = []
+    newest = next((one for one in found if _arrives(one, output_dir, damaged)), None)
+    if newest is None:
+        require(not found, f"{'; '.join(damaged)}. There is no whole one to go on from: start a new run, or bring the files back")
+        return None
+    better = [one for one in found[found.index(newest) :] if _step(one) < _step(newest) and _score(one) < _score(newest)]
+    any(_arrives(one, output_dir, damaged) for one in sorted(better, key=_score))  # of equals the newest, which comes first
+    print(*(f"passed over: {what}" for what in damaged), sep="\n", end="\n" * bool(damaged))
+    return _place(newest, output_dir)
 
 
-def _whole(name: str, nodes: int, metadata: dict[str, Any]) -> list[list[Reference]]:
-    """The references of each stored directory, one for each node, the newest first."""
-    parts = [stored(part(name, node), **metadata) for node in range(nodes)]
-    if nodes == 1:
-        return [[reference] for reference in parts[0]]
-    by_step = [{reference["metadata"]["step"]: reference for reference in reversed(references)} for references in parts]
-    return [[own[step] for own in by_step] for step in sorted(set.intersection(*map(set, by_step)), reverse=True)]
+def _writing(reference: Reference) -> tuple[str, int, int]:
+    """By what the parts of one checkpoint are known: its task, the attempt and the step. In one task the latest is the greatest."""
+    return reference["pathspec"], reference["attempt"], reference["metadata"]["step"]
+
+
+def _whole(stored_parts: list[list[Reference]]) -> list[list[Reference]]:
+    """The checkpoints, each in its parts and in the order of node 0's, of which all nodes have stored theirs."""
+    by_writing = [{_writing(reference): reference for reference in references} for references in stored_parts]
+    return [[own[key] for own in by_writing] for key in by_writing[0] if all(key in own for own in by_writing)]
+
+
+def _step(parts: list[Reference]) -> int:
+    return int(parts[0]["metadata"]["step"])
+
+
+def _score(parts: list[Reference]) -> float:
+    score = parts[0]["metadata"].get("score")
+    return math.inf if score is None else score
+
+
+def _place(parts: list[Reference], output_dir: Path) -> Path:
+    return output_dir / f"checkpoint-{_step(parts)}"
+
+
+def _arrives(parts: list[Reference], output_dir: Path, damaged: list[str]) -> bool:
+    """Copy a checkpoint to its place; where a part is damaged, say so in `damaged`."""
+    whole = _place(parts, output_dir)
+    try:
+        get_dir(parts[0], whole)
+        for reference in parts[1:]:
+            _join(get_dir(reference, output_dir / "part"), whole)
+    except DamagedError as error:
+        damaged.append(str(error))
+        shutil.rmtree(whole, ignore_errors=True)
+        return False
+    return True
 
 
 def _join(part_dir: Path, whole: Path) -> None:
@@ -117,17 +153,17 @@ def _join(part_dir: Path, whole: Path) -> None:
 def stored(name: str, **metadata: Any) -> list[Reference]:
     """The directories of that name with that metadata which unfinished attempts at this step have left, the newest first.
 
-    They are looked for in this task (a retry) and, in a resumed run, in the same step of the run that
+    They are those of this task (of its earlier attempts) and, in a resumed run, of the same step of the run that
     it resumes, and of the run which that one resumed. A step that had succeeded left nothing to go
     on from: `resume STEP` after a success starts the step afresh.
     """
     from metaflow import Checkpoint, Run, current
 
-    found, origins = own(name), unfinished(current.origin_run_id)
+    found, origins = own(name), list(unfinished(current.origin_run_id))
     with _refusals(f"look for '{name}'"):
-        while not found and (run := next(origins, None)):
+        for run in origins:
             tasks = [task for step in Run(run, _namespace_check=False) if step.id == current.step_name for task in step]
-            found = [r for task in tasks for r in Checkpoint()._search(pathspec=task.pathspec) if r["name"] == name]
+            found += [r for task in tasks for r in Checkpoint()._search(pathspec=task.pathspec) if r["name"] == name]
     found = [reference for reference in found if metadata.items() <= reference["metadata"].items()]
     return sorted(found, key=lambda reference: reference["created_on"], reverse=True)
 
@@ -140,11 +176,21 @@ def own(name: str, nodes: int = 1) -> list[Reference]:
 
 
 def unfinished(origin: str | None) -> Iterator[str]:
-    """The runs (FLOW/ID) that this one resumes, the latest first, as far as this step did not succeed in them; `origin` is the latest."""
+    """The runs (FLOW/ID) that this one resumes, the latest first, as far as this step did not succeed in them; `origin` is the latest.
+
+    Raises `UserError` where this machine knows nothing of one.
+    """
     from metaflow import Run, current
+    from metaflow.exception import MetaflowNotFound
 
     while origin:
-        run = Run(f"{current.flow_name}/{origin}", _namespace_check=False)
+        try:
+            run = Run(f"{current.flow_name}/{origin}", _namespace_check=False)
+        except MetaflowNotFound:
+            raise UserError(
+                f"nothing is known here of run {origin}, which this one resumes: a resumed run whose steps run on other machines "
+                "than the one that started it needs Metaflow's metadata service (infra/README.md)"
+            ) from None
         tasks = [task for step in run if step.id == current.step_name for task in step]
         if tasks and all(task.successful for task in tasks):  # of several nodes one may have ended well before another failed
             return
@@ -154,17 +200,12 @@ def unfinished(origin: str | None) -> Iterator[str]:
 
 
 def prune(name: str, keep: int, nodes: int = 1) -> None:
-    """Delete all but the newest `keep` directories of that name which this task has stored.
-
-    Where they are in parts, those go that are older than the newest `keep` of which every node has stored its part.
-    """
-    if nodes == 1:
-        delete(own(name)[keep:])
-        return
+    """Delete the checkpoints of that name which this task has stored, but for the newest `keep` whole ones and the best of the whole."""
     parts = [own(part(name, node)) for node in range(nodes)]
-    whole = sorted(set.intersection(*({reference["metadata"]["step"] for reference in found} for found in parts)), reverse=True)
-    if len(whole) >= keep:
-        delete([reference for found in parts for reference in found if reference["metadata"]["step"] < whole[keep - 1]])
+    whole = sorted(_whole(parts), key=lambda one: _writing(one[0]), reverse=True)
+    if len(whole) > keep:
+        oldest, best = (_writing(one[0]) for one in (whole[keep - 1], min(whole, key=_score)))  # of equals the newest
+        delete([one for found in parts for one in found if _writing(one) < oldest and _writing(one) != best])
 
 
 def delete(references: list[Reference]) -> None:
@@ -177,6 +218,36 @@ def delete(references: list[Reference]) -> None:
         artifact = CheckpointArtifact.hydrate(reference)
         with _refusals(f"delete '{reference['url']}'"):
             CheckpointDatastore.init_delete_store(init_datastorage_object(), artifact).delete(artifact)
+
+
+@contextmanager
+def workroom(name: str) -> Iterator[Path]:
+    """A directory to work in, which is deleted at the end; and so are those that steps which were killed have left on this machine.
+
+    Who works in one holds a lock on it, which the system takes back when the process ends, however it does.
+    """
+    for leftover in Path(tempfile.gettempdir()).glob(f"{ROOM}*"):
+        with suppress(OSError):  # locked by who works there, gone meanwhile, or another user's
+            _delete_unlocked(leftover)
+    with tempfile.TemporaryDirectory(prefix=f"{ROOM}{name}-") as room:
+        handle = os.open(room, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks, where nothing is deleted either
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            yield Path(room)
+        finally:
+            os.close(handle)
+
+
+def _delete_unlocked(room: Path) -> None:
+    handle = os.open(room, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        status = os.fstat(handle)
+        if status.st_uid == os.getuid() and time.time() - status.st_mtime > 60:  # a new one may not have its lock yet
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(room)
+    finally:
+        os.close(handle)
 
 
 def check_datastore(kind: str) -> None:

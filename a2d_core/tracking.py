@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from a2d_core.config import Recipe, TrackingConfig, UserError, require
 from a2d_core.follow import Row, cause
@@ -44,9 +45,15 @@ def quiet() -> None:
 def default_uri(config: TrackingConfig | None = None) -> str:
     """Where runs are tracked: the configuration's URI, MLFLOW_TRACKING_URI, or `mlflow.db` in the working directory.
 
-    A sqlite URI comes back with an absolute path, so that it means the same file to every process of a run.
+    A sqlite URI comes back with an absolute path, so that it means the same file to every process of a run. Raises `UserError`
+    for one with a password in it.
     """
     uri = (config.uri if config else None) or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    require(
+        urlsplit(uri).password is None,
+        f"the URI of MLflow at {urlsplit(uri).hostname} has a password in it, which logs and artifacts would show: give a server's in "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, and a database's where its client looks for it, as in PGPASSWORD",
+    )
     return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}" if uri.startswith("sqlite:///") else uri
 
 

@@ -6,7 +6,6 @@ import gc
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,6 +70,7 @@ class A2DFlow(FlowSpec):
         """Resolve and check the recipe, reach the MLflow server, and open the run there."""
         from a2d_core.stages import checks, preflight, register
 
+        # at the spaces before a name: a value may hold some itself
         changes = re.split(r"\s+(?=(?:\w+\.)+\w+=|seed=)", self.overrides.strip()) if self.overrides.strip() else []
         recipe = presets.resolve(self.preset.to_dict(), self.objective, changes, self.seed)
         check_compute(recipe, self.preset.to_dict())
@@ -143,6 +143,7 @@ class A2DFlow(FlowSpec):
                 model = store.get_dir(self.model, room / "model")
                 self.samples = sample.run(recipe.sample, model, room / "output", seed=recipe.seed)["samples"]
                 tracking.log_samples(self.samples)
+                print(*cards.sample_lines(self.samples), sep="\n")
             cards.show_samples(current.card["samples"], recipe, self.samples)
         self.next(self.evaluate)
 
@@ -183,8 +184,8 @@ class A2DFlow(FlowSpec):
                 self.results, blocks = results, report.read(room / "output")
             self.verdict = register.judge(recipe, self.results) if recipe.register.enabled else {}
             if self.verdict:
-                print("gate: " + ": ".join(self.verdict[tag] for tag in ("gate", "gate.why") if tag in self.verdict))
-            cards.show_evaluation(current.card["evaluation"], recipe, blocks)
+                print(f"gate: {cards.gate_words(self.verdict)}")
+            cards.show_evaluation(current.card["evaluation"], recipe, blocks, self.verdict)
         self.next(self.register)
 
     @step
@@ -216,7 +217,7 @@ class A2DFlow(FlowSpec):
         exported = None
         if platform_here(recipe.compute) == "local":
             exported = store.get_dir(self.model, Path(self.export_dir) / current.run_id / "model")
-        print(cards.closing_words(recipe, self.results, self.registered, exported, self.tracking_uri, current.run_id))
+        print(cards.closing_words(recipe, self.results, self.verdict, self.registered, exported, self.tracking_uri, current.run_id))
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[tuple[Recipe, Path, str]]:
@@ -230,12 +231,12 @@ class A2DFlow(FlowSpec):
         self.owed = {}
         with (
             tracking.stage_run(self.mlflow_run, name, params=to_dict(config), tags={"metaflow.task": current.pathspec}) as run_id,
-            tempfile.TemporaryDirectory(prefix=f"a2d-{name}-") as room,
+            store.workroom(name) as room,
             checks.memory_advice(name, config),
         ):
             store.delete(getattr(self, "spent", []))  # only here: until a training step has ended, a retry goes on from them
             self.spent: list[store.Reference] = []
-            yield recipe, Path(room), run_id
+            yield recipe, room, run_id
         print(f"{name} took {timedelta(seconds=round(time.monotonic() - begun))}")
         gc.freeze()  # the process ends now: to take apart all that it has loaded would cost more than a second
 
@@ -252,8 +253,8 @@ class A2DFlow(FlowSpec):
         if nodes.rank:  # node 0 tracks, and has the weights in the end
             recipe = build(Recipe, self.recipe)
             if getattr(recipe, name).enabled:
-                with tempfile.TemporaryDirectory(prefix=f"a2d-{name}-") as room:
-                    self._fit(name, run, recipe, Path(room), nodes)
+                with store.workroom(name) as room:
+                    self._fit(name, run, recipe, room, nodes)
             return
         with self._stage(name) as (recipe, room, run_id):
             config = getattr(recipe, name)
@@ -277,18 +278,18 @@ class A2DFlow(FlowSpec):
         self, name: str, run: Callable[..., dict[str, Any]], recipe: Recipe, room: Path, nodes: launch.Nodes, **followed: Any
     ) -> tuple[dict[str, Any], follow.Follower]:
         """A training stage's work on this node: from the last checkpoint, which all nodes have stored, to its numbers."""
-        config = getattr(recipe, name)
+        config, is_main = getattr(recipe, name), nodes.rank == 0
         lineage = self.model["key"]  # a checkpoint that began at other weights, as before `resume pretrain`, is not gone on from
 
         def keep(number: int, checkpoint: Path) -> None:
-            store.put_dir(checkpoint, store.part("training", nodes.rank), step=number, lineage=lineage)
-            if nodes.rank == 0:
+            score = checkpoints.score(checkpoint) if is_main else None
+            store.put_dir(checkpoint, store.part("training", nodes.rank), step=number, score=score, lineage=lineage)
+            if is_main:
                 store.prune("training", keep=config.keep_checkpoints, nodes=nodes.count)
 
-        saved = store.get_latest("training", room / "checkpoint", nodes=nodes.count, lineage=lineage)
-        resume_from = str((room / "checkpoint").rename(room / f"checkpoint-{saved['metadata']['step']}")) if saved else None
-        if nodes.rank == 0:
-            print(f"{name} goes on from step {saved['metadata']['step']}" if saved else f"{name} starts at step 0")
+        newest = store.restore("training", room / "output", nodes=nodes.count, lineage=lineage)
+        if is_main:
+            print(f"{name} goes on from step {newest.name.removeprefix('checkpoint-')}" if newest else f"{name} starts at step 0")
         with follow.Follower(room / "output", on_checkpoint=keep, **followed) as follower:
             numbers = run(
                 config,
@@ -298,7 +299,7 @@ class A2DFlow(FlowSpec):
                 processes=recipe.compute.train.processes,
                 strategy=recipe.compute.train.strategy,
                 nodes=nodes,
-                resume_from=resume_from,
+                resume_from=str(newest) if newest else None,
             )
         return numbers, follower
 

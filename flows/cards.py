@@ -8,14 +8,16 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from metaflow.cards import Image, Markdown, ProgressBar, Table, VegaChart
 
 import a2d_core
-from a2d_core import presets, report
+from a2d_core import presets, report, tracking
 from a2d_core.config import Recipe
 from a2d_core.report import estimate, number
+from a2d_core.review import aligned, markdown_table, visible
 
 TITLES = {"pretrain": "Continued pretraining", "sft": "Supervised fine-tuning"}
 CURVES = {"loss": ("training loss", "#4c78a8"), "eval_nelbo": ("held-out NELBO", "#e45756")}
@@ -27,8 +29,10 @@ NUMBERS = {
     **SIDE_CURVES,
     "memory_mb": "memory, MiB",
 }
-TASK_HEAD = ("task", "metric", "score", "chance", "untrained", "documents")
+TASK_HEAD = ("task", "metric", "score", "chance", "untrained")
 TEXT_HEAD = ("held-out text", "nats per token")
+SHOWN = 5
+"""Samples of which a line is printed."""
 MOST_POINTS = 400
 """Points of a curve on a card; a longer one is thinned."""
 
@@ -66,6 +70,12 @@ class TrainingCard:
         self._card.refresh()
 
 
+def sample_lines(samples: list[Row]) -> list[str]:
+    """The first samples, a line each."""
+    pairs = [[shorten(sample[key], 80, placeholder=" …") for key in ("prompt", "answer")] for sample in samples[:SHOWN]]
+    return [visible("  →  ".join(pair)) for pair in pairs]
+
+
 def show_samples(card: Any, recipe: Recipe, samples: list[Row]) -> None:
     """The card of the sample step."""
     config = recipe.sample
@@ -91,9 +101,10 @@ def show_samples(card: Any, recipe: Recipe, samples: list[Row]) -> None:
     card.append(Table(rows, headers=["prompt", "answer", "tokens", "network evaluations", "tokens per evaluation", "seconds"]))
 
 
-def show_evaluation(card: Any, recipe: Recipe, blocks: Sequence[report.Block] | None) -> None:
+def show_evaluation(card: Any, recipe: Recipe, blocks: Sequence[report.Block] | None, verdict: dict[str, str]) -> None:
     """The card of the evaluate step, from `report.read`; None where the step is switched off."""
-    card.append(Markdown(f"# Evaluation\n{recipe.name} · {recipe.objective} · seed {recipe.seed}"))
+    gate = f"\n\n**Gate: {gate_words(verdict)}**" if verdict else ""
+    card.append(Markdown(f"# Evaluation\n{recipe.name} · {recipe.objective} · seed {recipe.seed}{gate}"))
     if blocks is None:
         card.append(Markdown("Switched off by `evaluate.enabled=false`."))
         return
@@ -106,35 +117,51 @@ def show_evaluation(card: Any, recipe: Recipe, blocks: Sequence[report.Block] | 
             card.append(Markdown(f"{'#' * block.level} {block.text}".strip()))
 
 
-def closing_words(recipe: Recipe, results: dict[str, Any] | None, registered: Row | None, model: Path | None, uri: str, run_id: str) -> str:
-    """What the end of a run prints: its numbers, and the commands that show more."""
+def closing_words(
+    recipe: Recipe, results: Row | None, verdict: dict[str, str], registered: Row | None, model: Path | None, uri: str, run_id: str
+) -> str:
+    """What the end of a run prints: its numbers, and the commands that show more, for the machine that started it."""
     lines = [f"A2D is done: {recipe.name}, {recipe.objective}, seed {recipe.seed}.", ""]
     if results and results["tasks"]:
-        lines += [*aligned([TASK_HEAD[:-1], *(row[:-1] for row in task_rows(results))]), ""]
+        lines += [*aligned([TASK_HEAD, *task_rows(results)]), ""]
     if results and results["text"]:
         lines += [*aligned([TEXT_HEAD, *text_rows(results["text"])]), ""]
-    is_local = uri.startswith("sqlite:")
     look = [
-        ("cards", f"{tool('python')} {short(sys.argv[0])} card server --run-id {run_id}"),
-        ("MLflow", f"{tool('mlflow')} ui --backend-store-uri {uri}" if is_local else uri),
+        ("cards", flow_command("card", "server", "--run-id", run_id)),
+        ("MLflow", shlex.join([tool("mlflow"), "ui", "--backend-store-uri", uri]) if uri.startswith("sqlite:") else uri),
     ]
+    if verdict:
+        look.append(("gate", gate_words(verdict)))
     if registered:
         look.append(("registered", f"{registered['name']} version {registered['version']}, alias candidate, review pending"))
-        look.append(("review", f"{tool('python')} -m a2d_core registry review {registered['name']}"))
+        there = [] if uri == tracking.default_uri() else ["--mlflow", uri]
+        look.append(("review", command("registry", "review", registered["name"], *there)))
     if model:
-        look.append(("chat", chat_command(recipe, model)))
+        options = ["--preset", recipe.name] if recipe.name in presets.names() else []
+        if not recipe.sft.enabled:
+            options.append("--raw")
+        elif recipe.sft.dataset.startswith("embedded:"):
+            options.append("--forget")  # its conversations have one turn
+        look.append(("chat", command("chat", *options, "--model", short(model))))
     elif registered:
-        look.append(("download", f"mlflow artifacts download --artifact-uri {registered['uri']} --dst-path model"))
+        look.append(
+            ("download", shlex.join(["mlflow", "artifacts", "download", "--artifact-uri", registered["uri"], "--dst-path", "model"]))
+        )
     return "\n".join([*lines, *aligned(look)])
+
+
+def gate_words(verdict: dict[str, str]) -> str:
+    """The verdict of the gate, and why."""
+    return ": ".join(verdict[tag] for tag in ("gate", "gate.why") if tag in verdict)
 
 
 # --- rows ---
 
 
-def task_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row per task: task, metric, value ± standard error, chance, untrained baseline, documents."""
+def task_rows(results: Row) -> list[tuple[str, ...]]:
+    """A row per task: task, metric, value ± standard error, chance, untrained baseline."""
     return [
-        (t["task"], t["metric"], estimate(t["value"], t["stderr"]), estimate(t["chance"]), estimate(t["baseline"]), f"{t['documents']:,}")
+        (t["task"], t["metric"], estimate(t["value"], t["stderr"]), estimate(t["chance"]), estimate(t["baseline"]))
         for t in results["tasks"]
     ]
 
@@ -150,40 +177,33 @@ def text_rows(text: Row) -> list[tuple[str, str]]:
     return [*rows, ("finished model, NELBO", estimate(text["nelbo"], text["stderr"]))]
 
 
-def markdown_table(rows: list[list[str]]) -> str:
-    """Rows, the first of them the head, as a Markdown table."""
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows as lines of text with their columns under one another."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
-    return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def chat_command(recipe: Recipe, model: Path) -> str:
-    """The command that opens a chat with the exported model, sampled as in the recipe."""
+def command(*words: str) -> str:
+    """A command of a2d_core as one types it: with PYTHONPATH where it is neither installed nor in the working directory."""
     home = Path(a2d_core.__file__).parents[1]
-    is_found = home == Path.cwd() or home.name in ("site-packages", "dist-packages")
-    options = ["--preset", recipe.name] if recipe.name in presets.names() else []
-    if not recipe.sft.enabled:
-        options.append("--raw")
-    elif recipe.sft.dataset.startswith("embedded:"):
-        options.append("--forget")  # its conversations have one turn
-    words = [tool("python"), "-m a2d_core chat", *options, "--model", short(model)]
-    return " ".join(words if is_found else [f"PYTHONPATH={short(home)}", *words])
+    is_found = home == Path.cwd() or home.name in ("site-packages", "dist-packages") or is_elsewhere()
+    path = "" if is_found else f"PYTHONPATH={shlex.quote(short(home))} "
+    return path + shlex.join([tool("python"), "-m", "a2d_core", *words])
+
+
+def flow_command(*words: str) -> str:
+    """A command of the flow as one types it."""
+    return shlex.join([tool("python"), "flows/a2d_flow.py" if is_elsewhere() else short(sys.argv[0]), *words])
+
+
+def is_elsewhere() -> bool:
+    """Whether this step runs on another machine than the one that started it, whose paths are not known here."""
+    return os.environ.get("METAFLOW_RUNTIME_ENVIRONMENT", "local") != "local"
 
 
 def tool(name: str) -> str:
     """A program of this run's environment as one types it: by its name where that environment is activated, else by its path."""
-    is_active = os.environ.get("VIRTUAL_ENV") == sys.prefix
+    is_active = os.environ.get("VIRTUAL_ENV") == sys.prefix or is_elsewhere()
     return name if is_active else short(Path(sys.executable).with_name(name))
 
 
 def short(path: str | Path) -> str:
     """A path as one types it: from the working directory, where that is shorter."""
-    return shlex.quote(min(str(Path(path).absolute()), os.path.relpath(path), key=len))
+    return min(str(Path(path).absolute()), os.path.relpath(path), key=len)
 
 
 # --- charts (Vega-Lite) ---
@@ -194,7 +214,7 @@ def main_curves(rows: list[Row]) -> dict[str, Any]:
     points = [{"step": s, "value": v, "curve": label} for name, (label, _) in CURVES.items() for s, v in curve(rows, name)]
     labels, colours = zip(*CURVES.values(), strict=True)
     encoding = {
-        "x": {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickCount": 8}},
+        "x": {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickCount": 8, "tickMinStep": 1}},
         "y": {"field": "value", "type": "quantitative", "title": "nats per token", "scale": {"zero": False}, "axis": {"tickCount": 6}},
         "color": {
             "field": "curve",
@@ -211,7 +231,7 @@ def main_curves(rows: list[Row]) -> dict[str, Any]:
 def side_curve(rows: list[Row], name: str) -> dict[str, Any]:
     """One more number over the steps, small."""
     encoding = {
-        "x": {"field": "step", "type": "quantitative", "title": None, "axis": {"tickCount": 3}},
+        "x": {"field": "step", "type": "quantitative", "title": None, "axis": {"tickCount": 3, "tickMinStep": 1}},
         "y": {"field": "value", "type": "quantitative", "title": None, "axis": {"tickCount": 3, "format": ",.3~r"}},
     }
     return chart(

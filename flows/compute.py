@@ -9,28 +9,37 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from metaflow import FlowMutator, user_step_decorator
+from metaflow import FlowMutator, current, user_step_decorator
 from metaflow.exception import MetaflowException
-from nodes import PROFILES as PROFILES_ON_NODES
 from nodes import install
 
 import a2d_core
-from a2d_core import presets
-from a2d_core.config import ComputeConfig, Recipe, StepCompute, StoppedError, UserError, require
+from a2d_core import presets, tracking
+from a2d_core.config import ComputeConfig, Recipe, StepCompute, StoppedError, TrackingConfig, UserError, require
 from a2d_core.launch import NodeLostError
 from a2d_core.settings import build
 from a2d_core.stages.checks import MemoryFullError
 
-PROFILES = {"convert": "convert", "pretrain": "train", "sft": "train", "sample": "generate", "evaluate": "generate"}
-"""Step -> its part of the compute profile; the steps that only keep books (start, register, end) take `register`."""
+PROFILES = {
+    "convert": "convert",
+    "pretrain": "train",
+    "pretrain_on_nodes": "train",
+    "sft": "train",
+    "sft_on_nodes": "train",
+    "sample": "generate",
+    "evaluate": "generate",
+}
+"""Step -> its part of the compute profile; the steps that only keep books (start, register, end and their like) take `register`."""
 
 FOREIGN = {"batch": ("namespace", "service_account", "node_selector", "tolerations"), "kubernetes": ("queue",)}
 """Platform -> the settings that mean nothing to it."""
@@ -53,27 +62,40 @@ def told_plainly() -> Iterator[None]:
 
 @user_step_decorator
 def plain_refusals(step_name: str, flow: Any, inputs: Any = None, attributes: Any = None) -> Iterator[None]:
-    """Around each step: what the user can mend is told plainly."""
-    with told_plainly():
-        yield
+    """Around each step: what the user can mend is told plainly, and how to go on."""
+    try:
+        with told_plainly():
+            yield
+    except Exception:
+        if step_name != "start":  # before it, nothing was done; and a resumed run has the same parameters
+            import cards
+
+            print(f"when that is mended: {cards.flow_command('resume', '--origin-run-id', current.run_id)}", flush=True)
+        raise
 
 
 def read_preset(text: str) -> dict[str, Any]:
     """The parser of the flow's `preset`: a name, a path to TOML or JSON, or the text of such a file (`--config preset FILE`)."""
     with told_plainly():
-        if not any(sign in text for sign in "\n={"):
-            return presets.read(text.strip())
-        try:
-            values = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
-            if str(values.get("base", "")).endswith(presets.SUFFIXES):
-                values["base"] = str(Path(values["base"]).absolute())  # the text does not say where its file lies
-            content = json.dumps(values)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"the text of the preset is neither a TOML nor a JSON recipe: {error}") from None
-        with tempfile.TemporaryDirectory() as room:
-            file = Path(room) / "custom.json"
-            file.write_text(content)
-            return presets.read(str(file))
+        values = _read(text)
+        tracking.default_uri(build(TrackingConfig, values.get("tracking", {}), "tracking"))  # before Metaflow stores what is in it
+        return values
+
+
+def _read(text: str) -> dict[str, Any]:
+    if not any(sign in text for sign in "\n={"):
+        return presets.read(text.strip())
+    try:
+        values = json.loads(text) if text.lstrip().startswith("{") else tomllib.loads(text)
+        if str(values.get("base", "")).endswith(presets.SUFFIXES):
+            values["base"] = str(Path(values["base"]).absolute())  # the text does not say where its file lies
+        content = json.dumps(values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the text of the preset is neither a TOML nor a JSON recipe: {error}") from None
+    with tempfile.TemporaryDirectory() as room:
+        file = Path(room) / "custom.json"
+        file.write_text(content)
+        return presets.read(str(file))
 
 
 def read_compute(preset: dict[str, Any]) -> ComputeConfig:
@@ -87,6 +109,13 @@ def read_compute(preset: dict[str, Any]) -> ComputeConfig:
             f"compute.platform is {platform}, which knows no {', '.join(foreign)}: leave them out",
         )
     return compute
+
+
+def need_of(step: str, compute: ComputeConfig) -> StepCompute:
+    """What a step asks of the machine; where training takes several nodes, `pretrain` and `sft` only call them together."""
+    calls_nodes = compute.train.nodes > 1 and f"{step}_on_nodes" in PROFILES
+    need: StepCompute = getattr(compute, "register" if calls_nodes else PROFILES.get(step, "register"))
+    return need
 
 
 def platform_here(compute: ComputeConfig) -> str:
@@ -112,6 +141,18 @@ def check_compute(recipe: Recipe, preset: dict[str, Any]) -> None:
     )
 
 
+def check_client(compute: ComputeConfig) -> None:
+    """Raise `UserError` where this process is to start steps on Kubernetes and lacks the client: Metaflow would see it too late."""
+    words = sys.argv[1:]
+    is_wanted = compute.platform == "kubernetes" or any(word.removeprefix("--with=").split(":")[0] == "kubernetes" for word in words)
+    if is_wanted and {"run", "resume"} & set(words):
+        require(
+            find_spec("kubernetes") is not None,
+            f"this machine has no client of Kubernetes to start steps there: {sys.executable} -m pip install kubernetes "
+            "(infra/README.md has the version)",
+        )
+
+
 class Compute(FlowMutator):
     """Gives each step the resources, retries, time limit and platform of the preset's compute profile, and training its nodes."""
 
@@ -131,11 +172,10 @@ class Compute(FlowMutator):
             return
         with told_plainly():
             compute = read_compute(preset.to_dict())
-        profiles = PROFILES | (PROFILES_ON_NODES if compute.train.nodes > 1 else {})
+            check_client(compute)
         for name, step in mutable_flow.steps:
-            need = getattr(compute, profiles.get(name, "register"))
             step.add_decorator(plain_refusals)
-            for decorator, attributes in decorators(compute, need).items():
+            for decorator, attributes in decorators(compute, need_of(name, compute)).items():
                 step.add_decorator(decorator, deco_kwargs=attributes)
 
     def add_to_package(self) -> Iterator[tuple[str, str]]:

@@ -22,9 +22,6 @@ from a2d_core import launch
 from a2d_core.config import Recipe
 from a2d_core.settings import build
 
-PROFILES = {"pretrain": "register", "pretrain_on_nodes": "train", "sft": "register", "sft_on_nodes": "train"}
-"""Step -> its part of the compute profile."""
-
 
 def install(flow: type) -> None:
     """Replace the training steps of a flow's class by those below."""

@@ -19,9 +19,11 @@ from a2d_core.config import ComputeConfig
 from a2d_core.settings import build
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "flows"))
+
+import compute as flow_compute  # noqa: E402  (the flow's folder is no package: Metaflow ships it as it is)
+
 STEPS = ("start", "convert", "pretrain", "sft", "sample", "evaluate", "register", "end")
-PROFILES = {"convert": "convert", "pretrain": "train", "sft": "train", "sample": "generate", "evaluate": "generate"}
-PROFILES_ON_NODES = {"pretrain": "register", "pretrain_on_nodes": "train", "sft": "register", "sft_on_nodes": "train"}
 SECRET = "hf_this_value_must_not_leave_the_machine"
 IMAGE = "your-org/a2d:configured"
 OURS = """
@@ -70,7 +72,7 @@ def compiled(tmp_path_factory):
         METAFLOW_SFN_IAM_ROLE=role,
         METAFLOW_KUBERNETES_NAMESPACE="ml",  # Argo wants it beside the preset's
         METAFLOW_KUBERNETES_CONTAINER_IMAGE=IMAGE,  # for a preset that names none
-        HF_TOKEN=SECRET,
+        **dict.fromkeys(("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD"), SECRET),
     )
 
     @cache
@@ -107,9 +109,8 @@ def test_argo_and_kubernetes_accept_a_preset_and_each_step_asks_for_what_its_pro
     assert SECRET not in json.dumps(manifest)
     templates = {template["name"]: template for template in manifest["spec"]["templates"] if template.get("container")}
     assert set(STEPS) <= set(templates)
-    profiles = PROFILES | (PROFILES_ON_NODES if compute.train.nodes > 1 else {})  # there a training step calls the nodes together
     for step in STEPS:
-        need, template = getattr(compute, profiles.get(step, "register")), templates[step]
+        need, template = flow_compute.need_of(step, compute), templates[step]
         container = template["container"]
         kubernetes_validate.validate(job(template), kubernetes_validate.latest_version(), strict=True)
         assert container["image"] == (need.image or compute.image or IMAGE)
@@ -149,7 +150,7 @@ def test_nodes_taints_and_secrets_come_from_the_profile_and_a_step_may_have_its_
     assert templates["convert"]["nodeSelector"] == {"accelerator": "h100"} and not templates["end"].get("nodeSelector")
     assert {template["serviceAccountName"] for template in templates.values()} == {"trainer"}
     secrets = {step: [source["secretRef"]["name"] for source in templates[step]["container"].get("envFrom") or []] for step in STEPS}
-    assert secrets == {step: ["hf-token"] if step in PROFILES else [] for step in STEPS}
+    assert secrets == {step: [] if step in ("start", "register", "end") else ["hf-token"] for step in STEPS}
 
 
 @pytest.mark.parametrize("name", [*ON_BATCH, "ours-on-batch"])
@@ -160,7 +161,7 @@ def test_aws_batch_accepts_each_state_and_a_step_asks_for_what_its_profile_says(
     step, seen = machine["StartAt"], []
     while step:
         state = machine["States"][step]
-        need = getattr(compute, PROFILES.get(step, "register"))
+        need = flow_compute.need_of(step, compute)
         request = as_request(state["Parameters"])
         assert state["Resource"] == "arn:aws:states:::batch:submitJob.sync"
         validate_parameters(request, submit)

@@ -23,8 +23,6 @@ import compute as flow_compute  # noqa: E402  (the flow's folder is no package: 
 
 FLOW = str(ROOT / "flows" / "a2d_flow.py")
 TRAINING = ("pretrain", "sft")
-PROFILES = {"convert": "convert", "pretrain": "train", "sft": "train", "sample": "generate", "evaluate": "generate"}
-STEPS = ("start", "convert", "pretrain", "sft", "sample", "evaluate", "register", "end")
 SECRET = "hf_this_value_must_not_leave_the_machine"
 
 

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOW = str(ROOT / "flows" / "a2d_flow.py")
 STAGES = ("convert", "pretrain", "sft", "sample", "evaluate", "register")
 SFT_STEPS = 400
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """An empty directory in which the flow is run."""
-    return tmp_path_factory.mktemp("flow")
 
 
 def command(*arguments, preset="smoke"):
@@ -49,9 +44,29 @@ def query(place, text):
         return database.execute(text).fetchall()
 
 
+def has_stored(place, step, pattern):
+    """Whether a step has stored a file of that name; what is deleted meanwhile does no harm, as it would to `rglob`."""
+    return any(step in Path(folder).parts and fnmatch.filter(names, pattern) for folder, _, names in os.walk(place))
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A run that SIGKILL ended in sft, once its first training checkpoint was stored, and that was resumed to its end."""
+
+    place: Path
+    """Where it ran; `killed.log` is what it printed until then."""
+    run_id: str
+    parent: str
+    """Its MLflow run, as the killed run left it."""
+    resumed_id: str
+    output: str
+    """What `resume` printed."""
+
+
 @pytest.fixture(scope="module")
-def killed(place):
-    """A run that SIGKILL ends in sft, once the first training checkpoint is stored; its id."""
+def killed(tmp_path_factory):
+    """What all tests of this run look at, and none changes."""
+    place = tmp_path_factory.mktemp("flow")
     overrides = f"pretrain.max_steps=6 sft.max_steps={SFT_STEPS} sft.save_every=20 sft.eval_every=100 sft.log_every=5"
     with (place / "killed.log").open("w") as log:
         process = subprocess.Popen(
@@ -63,91 +78,89 @@ def killed(place):
             start_new_session=True,
         )
     deadline = time.monotonic() + 240
-    while not any("sft" in Path(folder).parts and fnmatch.filter(names, "0.training.*.metadata") for folder, _, names in os.walk(place)):
+    while not has_stored(place, "sft", "0.training.*.metadata"):
         assert process.poll() is None, (place / "killed.log").read_text()
         assert time.monotonic() < deadline, (place / "killed.log").read_text()
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    return (place / "killed").read_text()
-
-
-@pytest.fixture(scope="module")
-def parent(place, killed):
-    [(run_id,)] = query(place, "select run_uuid from tags where key = 'metaflow.run'")
-    return run_id
-
-
-@pytest.fixture(scope="module")
-def resumed(place, killed, parent):
-    """That run, resumed to its end: its id, and what it printed."""
-    code, output = run(place, "resume", "--origin-run-id", killed, "--run-id-file", "resumed", preset=None)
+    [(parent,)] = query(place, "select run_uuid from tags where key = 'metaflow.run'")
+    code, output = run(place, "resume", "--origin-run-id", (place / "killed").read_text(), "--run-id-file", "resumed", preset=None)
     assert code == 0, output
-    return (place / "resumed").read_text(), output
+    return Killed(place, (place / "killed").read_text(), parent, (place / "resumed").read_text(), output)
 
 
-def test_the_bare_command_works_for_root(killed, place):
-    assert "executing A2DFlow for user:a2d" in (place / "killed.log").read_text()
+def test_the_bare_command_works_for_root(killed):
+    assert "executing A2DFlow for user:a2d" in (killed.place / "killed.log").read_text()
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(resumed):
-    [line] = [line for line in resumed[1].splitlines() if "sft goes on from step" in line]
+def test_a_killed_run_goes_on_from_its_last_checkpoint(killed):
+    [line] = [line for line in killed.output.splitlines() if "sft goes on from step" in line]
     assert 20 <= int(line.split()[-1]) < SFT_STEPS
 
 
-def test_a_resumed_run_goes_on_in_the_same_mlflow_runs(resumed, place, parent):
+def test_a_resumed_run_goes_on_in_the_same_mlflow_runs(killed):
     children = query(
-        place,
-        f"select r.name, r.status from runs r join tags t using (run_uuid) where t.key = 'mlflow.parentRunId' and t.value = '{parent}'",
+        killed.place,
+        "select r.name, r.status from runs r join tags t using (run_uuid) "
+        f"where t.key = 'mlflow.parentRunId' and t.value = '{killed.parent}'",
     )
     assert sorted(children) == sorted((stage, "FINISHED") for stage in STAGES)
-    assert query(place, f"select status from runs where run_uuid = '{parent}'") == [("FINISHED",)]
+    assert query(killed.place, f"select status from runs where run_uuid = '{killed.parent}'") == [("FINISHED",)]
 
 
-def test_no_step_is_logged_twice_and_none_is_lost(resumed, place):
-    assert query(place, "select run_uuid, key, step from metrics group by 1, 2, 3 having count(*) > 1") == []
-    steps = query(place, "select step from metrics m join runs r using (run_uuid) where r.name = 'sft' and key = 'loss' order by step")
+def test_no_step_is_logged_twice_and_none_is_lost(killed):
+    assert query(killed.place, "select run_uuid, key, step from metrics group by 1, 2, 3 having count(*) > 1") == []
+    steps = query(
+        killed.place, "select step from metrics m join runs r using (run_uuid) where r.name = 'sft' and key = 'loss' order by step"
+    )
     assert [step for (step,) in steps] == list(range(5, SFT_STEPS + 1, 5))
 
 
-def test_one_version_is_registered_that_leads_back(resumed, place, parent):
-    assert query(place, "select name, version from model_versions") == [("a2d-smoke-bd3lm", 1)]
-    tags = dict(query(place, "select key, value from model_version_tags"))
-    assert tags["mlflow.parent_run"] == parent
-    assert tags["metaflow.run"] == f"A2DFlow/{resumed[0]}"
+def test_one_version_is_registered_that_leads_back(killed):
+    assert query(killed.place, "select name, version from model_versions") == [("a2d-smoke-bd3lm", 1)]
+    tags = dict(query(killed.place, "select key, value from model_version_tags"))
+    assert tags["mlflow.parent_run"] == killed.parent
+    assert tags["metaflow.run"] == f"A2DFlow/{killed.resumed_id}"
     assert tags["review"] == "pending"
-    assert query(place, "select alias, version from registered_model_aliases") == [("candidate", 1)]
+    assert query(killed.place, "select alias, version from registered_model_aliases") == [("candidate", 1)]
 
 
-def test_training_checkpoints_are_pruned_and_go_when_the_step_is_done(resumed, killed, place):
-    kept = [path.parts for path in place.rglob("*.training.*.metadata") if {"metadata", "sft"} <= set(path.parts)]
-    assert 1 <= sum(killed in parts for parts in kept) <= 3  # two, and one more where the kill came between storing and pruning
-    assert sum(resumed[0] in parts for parts in kept) == 0
+def test_training_checkpoints_are_pruned_and_go_when_the_step_is_done(killed):
+    kept = [path.parts for path in killed.place.rglob("*.training.*.metadata") if {"metadata", "sft"} <= set(path.parts)]
+    assert 1 <= sum(killed.run_id in parts for parts in kept) <= 3  # two, and one more where the kill came between storing and pruning
+    assert sum(killed.resumed_id in parts for parts in kept) == 0
 
 
-def test_the_cards_show_curves_samples_and_scores(resumed, place):
+def test_the_cards_show_curves_samples_and_scores(killed):
     wanted = {"pretrain": "held-out NELBO", "sft": "held-out NELBO", "sample": "network evaluations", "evaluate": "autoregressive source"}
     for step, text in wanted.items():
-        code, output = run(place, "card", "get", f"{resumed[0]}/{step}", f"{step}.html", preset=None)
+        code, output = run(killed.place, "card", "get", f"{killed.resumed_id}/{step}", f"{step}.html", preset=None)
         assert code == 0, output
-        [data] = re.findall(r'__MF_DATA__\["[^"]+"\] = "([^"]+)"', (place / f"{step}.html").read_text())
+        [data] = re.findall(r'__MF_DATA__\["[^"]+"\] = "([^"]+)"', (killed.place / f"{step}.html").read_text())
         assert text in base64.b64decode(data).decode()
 
 
-def test_the_end_says_where_to_look_and_the_model_answers(resumed, place):
-    run_id, output = resumed
+def test_the_end_says_where_to_look_and_the_model_answers(killed):
     for words in (
         "words_sort",
         "untrained",
         "nats per token",
-        f"card server --run-id {run_id}",
-        f"ui --backend-store-uri sqlite:///{place}/mlflow.db",
+        f"card server --run-id {killed.resumed_id}",
+        f"ui --backend-store-uri sqlite:///{killed.place}/mlflow.db",
     ):
-        assert words in output
-    [line] = [line for line in output.splitlines() if " -m a2d_core chat " in line]
+        assert words in killed.output
+    [line] = [line for line in killed.output.splitlines() if " -m a2d_core chat " in line]
     chat = line[line.index("PYTHONPATH=") :]
     done = subprocess.run(
-        chat, shell=True, input="Reverse: garden\n", cwd=place, env=environment(place), capture_output=True, text=True, timeout=120
+        chat,
+        shell=True,
+        input="Reverse: garden\n",
+        cwd=killed.place,
+        env=environment(killed.place),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
 

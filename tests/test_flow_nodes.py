@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_flow import command, environment, query, run
+from test_flow import command, environment, has_stored, query, run
 from test_launch import _alive, _until
 
 from a2d_core import presets
@@ -99,7 +99,10 @@ def test_a_killed_node_fails_the_attempt_and_the_next_goes_on_from_what_all_node
         seen = {}
         for attempt in (0, 1):
             wanted = [f"{attempt}.training{part}.*.metadata" for part in ("", "-1")]
-            _until(lambda wanted=wanted: all(list(tmp_path.rglob(name)) for name in wanted) or flow.poll() is not None, seconds=240)
+            _until(
+                lambda wanted=wanted: all(has_stored(tmp_path, "pretrain_on_nodes", name) for name in wanted) or flow.poll() is not None,
+                seconds=240,
+            )
             assert flow.poll() is None, (tmp_path / "log").read_text()
             now = processes_of(tmp_path)
             [node_1] = [pid for pid, line in now.items() if " step pretrain_on_nodes " in line and "_node_1 " in line]

@@ -115,13 +115,33 @@ def test_a_checkpoint_that_is_deleted_while_it_is_copied_is_not_handed_over(outp
         (source / "weights").unlink()  # the trainer's clean-up is at it
         return copytree(source, target, **options)
 
-    checkpoint(output, 10)
     with monkeypatch.context() as patch, follow(output, log, on_checkpoint=lambda step, _: kept.append(step)):
         patch.setattr(shutil, "copytree", late)
+        checkpoint(output, 10)
         until(lambda: not (output / "checkpoint-10" / "weights").exists())
         patch.undo()
         checkpoint(output, 20)
     assert kept == [20]
+
+
+def test_the_best_checkpoint_is_handed_over_though_a_newer_one_has_come_and_none_that_was_there_before(output, log):
+    kept = []
+
+    def slow(step, _):
+        kept.append(step)
+        if step == 5:  # meanwhile two more are made, and the trainer deletes neither
+            write(output, {"step": 6, "eval_nelbo": 1.0})
+            checkpoint(output, 6)
+            write(output, {"step": 7, "eval_nelbo": 2.0})
+            checkpoint(output, 7)
+
+    checkpoint(output, 4)
+    write(output, {"step": 4, "eval_nelbo": 3.0})
+    with follow(output, log, on_checkpoint=slow):
+        write(output, {"step": 5, "eval_nelbo": 4.0})
+        checkpoint(output, 5)
+        until(lambda: 7 in kept)
+    assert kept == [5, 6, 7]
 
 
 def test_the_checkpoint_of_a_training_that_was_stopped_is_handed_over(output, log):

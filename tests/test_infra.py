@@ -9,13 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import boto3
 import kubernetes_validate
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from hera.workflows.models import WorkflowTemplate
-from moto.server import ThreadedMotoServer
+from stand_ins.pod import CREDENTIALS
+from stand_ins.services import Aws
 
 from a2d_core import presets
 
@@ -223,6 +223,11 @@ def test_the_paths_that_commands_name_exist():
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
 
+def test_what_a_launching_machine_installs_is_what_the_tests_use():
+    installed = {word for command in COMMANDS if command.startswith("pip install ") for word in command.split() if "==" in word}
+    assert installed and installed <= set((ROOT / "requirements-dev.txt").read_text().splitlines())
+
+
 def test_a_build_argument_that_is_given_is_one_of_the_dockerfile():
     given = {name for command in COMMANDS for name in re.findall(r"--build-arg (\w+)=", command)}
     assert given == set(re.findall(r"^ARG (\w+)", (INFRA / "Dockerfile").read_text(), re.MULTILINE))
@@ -243,32 +248,24 @@ def test_the_stages_and_options_of_commands_exist():
 
 @pytest.fixture(scope="module")
 def aws():
-    """A stand-in for AWS on this machine, with the bucket; yields its address and a maker of clients."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    endpoint = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
-    keys = {"region_name": "us-east-1", "aws_access_key_id": "none", "aws_secret_access_key": "none"}
-
-    def client(name):
-        return boto3.client(name, endpoint_url=endpoint, **keys)
-
-    client("s3").create_bucket(Bucket="your-bucket")
-    yield endpoint, client
-    server.stop()
+    """A stand-in for AWS on this machine, with the bucket."""
+    aws = Aws()
+    aws.client("s3").create_bucket(Bucket="your-bucket")
+    yield aws
+    aws.server.stop()
 
 
 @pytest.fixture(scope="module")
 def stack(aws):
     """The outputs of the deployed template, by the names of Metaflow's settings."""
-    _, client = aws
-    subnets = client("ec2").describe_subnets()["Subnets"][:2]
+    subnets = aws.client("ec2").describe_subnets()["Subnets"][:2]
     given = {"Vpc": subnets[0]["VpcId"], "Subnets": ",".join(subnet["SubnetId"] for subnet in subnets)}
     given["InstanceTypes"] = STACK["Parameters"]["InstanceTypes"]["Default"]  # the stand-in does not split a default list
     # it also asks for the role of the service, which on AWS is there already
     body = (INFRA / "aws" / "batch.yaml").read_text().replace("Type: MANAGED", "Type: MANAGED\n      ServiceRole: !GetAtt InstanceRole.Arn")
     parameters = [{"ParameterKey": key, "ParameterValue": value} for key, value in given.items()]
-    client("cloudformation").create_stack(StackName="a2d", TemplateBody=body, Parameters=parameters, Capabilities=["CAPABILITY_IAM"])
-    (made,) = client("cloudformation").describe_stacks(StackName="a2d")["Stacks"]
+    aws.client("cloudformation").create_stack(StackName="a2d", TemplateBody=body, Parameters=parameters, Capabilities=["CAPABILITY_IAM"])
+    (made,) = aws.client("cloudformation").describe_stacks(StackName="a2d")["Stacks"]
     assert made["StackStatus"] == "CREATE_COMPLETE"
     return {output["Description"]: output["OutputValue"] for output in made["Outputs"]}
 
@@ -282,19 +279,8 @@ def place(aws, tmp_path_factory):
     for kind, block in BLOCKS:
         if kind == "toml":
             (folder / re.match(r"# (\S+)", block)[1]).write_text(block)
-    keys = {
-        "AWS_ACCESS_KEY_ID": "none",
-        "AWS_SECRET_ACCESS_KEY": "none",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    where = {
-        "METAFLOW_HOME": str(folder / "home"),
-        "AWS_ENDPOINT_URL": aws[0],
-        "METAFLOW_S3_ENDPOINT_URL": aws[0],
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-    }
-    return {"cwd": folder, "env": os.environ | keys | where}
+    where = {"METAFLOW_HOME": str(folder / "home"), "AWS_ENDPOINT_URL": aws.url, "METAFLOW_S3_ENDPOINT_URL": aws.url}
+    return {"cwd": folder, "env": os.environ | CREDENTIALS | where | {"PATH": f"{BIN}:{os.environ['PATH']}"}}
 
 
 @pytest.mark.parametrize("command", FLOWS)
@@ -303,6 +289,24 @@ def test_the_flow_of_a_command_can_be_built(command, place):
     words = [word for word in action.split() if not word.startswith("-")][: 1 if action.startswith("run") else 2]
     options = run("bash", "-c", f"{head} {' '.join(words)} --help", **place)
     assert all(option in options for option in re.findall(r"--[\w-]+", action))
+
+
+ABSENT = """
+from importlib.machinery import PathFinder
+find_spec = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] == "kubernetes" else find_spec(name, *rest))
+"""
+
+
+@pytest.mark.parametrize("command", ["--config preset mine.toml run", "--config-value preset smoke run --with kubernetes:image=a/b"])
+def test_without_the_client_of_kubernetes_no_run_is_started(command, place, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(ABSENT)
+    env = place["env"] | {"METAFLOW_PROFILE": "kubernetes", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "flows/a2d_flow.py", *command.split()]
+    done = subprocess.run(command, cwd=place["cwd"], env=env, capture_output=True, text=True, timeout=120, check=False)
+    told = done.stdout + done.stderr
+    assert done.returncode != 0 and "-m pip install kubernetes" in told, told
+    assert "Workflow starting" not in told and "Traceback" not in told
 
 
 def test_the_profile_for_kubernetes_makes_a_workflow_of_its_names(place):
@@ -317,7 +321,7 @@ def test_the_profile_for_kubernetes_makes_a_workflow_of_its_names(place):
 
 
 def test_the_stack_gives_what_the_profile_for_aws_needs_to_make_a_state_machine(place, stack, aws):
-    (queue,) = aws[1]("batch").describe_job_queues(jobQueues=[CONFIGS["aws"]["METAFLOW_BATCH_JOB_QUEUE"]])["jobQueues"]
+    (queue,) = aws.client("batch").describe_job_queues(jobQueues=[CONFIGS["aws"]["METAFLOW_BATCH_JOB_QUEUE"]])["jobQueues"]
     assert queue["jobQueueArn"] == stack["METAFLOW_BATCH_JOB_QUEUE"] and queue["state"] == "ENABLED"
     (command,) = (command for command in FLOWS if "METAFLOW_PROFILE=aws" in command)
     options = place | {"env": place["env"] | stack}
@@ -327,5 +331,5 @@ def test_the_stack_gives_what_the_profile_for_aws_needs_to_make_a_state_machine(
     assert {job["JobQueue"] for job in jobs.values()} == {CONFIGS["aws"]["METAFLOW_BATCH_JOB_QUEUE"]}
     datastore = {v["Value"] for v in jobs["sft"]["ContainerOverrides"]["Environment"] if v["Name"] == "METAFLOW_DATASTORE_SYSROOT_S3"}
     assert datastore == {stack["METAFLOW_DATASTORE_SYSROOT_S3"]}
-    definitions = aws[1]("batch").describe_job_definitions(status="ACTIVE")["jobDefinitions"]
+    definitions = aws.client("batch").describe_job_definitions(status="ACTIVE")["jobDefinitions"]
     assert {d["containerProperties"]["jobRoleArn"] for d in definitions} == {stack["METAFLOW_ECS_S3_ACCESS_IAM_ROLE"]}

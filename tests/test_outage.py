@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import mlflow
 import pytest
 import torch
 from families import byte_model
+from stand_ins.services import free_port
 
 from a2d_core import __main__ as cli
 from a2d_core import presets, tracking, trainer
@@ -35,9 +35,7 @@ class Server:
     """`mlflow server` on sqlite and a port of its own, which is the same after each start."""
 
     def __init__(self, folder):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.folder, self.uri, self.process = folder, f"http://127.0.0.1:{self.port}", None
 
     def start(self):

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import families
 import mlflow
 import pytest
 import torch
+from stand_ins.services import free_port
 
 from a2d_core import __main__ as cli
 from a2d_core import checkpoints, gate, models, presets, registry, review, sampling, settings, tracking
@@ -159,10 +159,7 @@ def test_parameters_of_a_call_change_the_answer(answered):
 def served(registered, tmp_path_factory):
     """`mlflow models serve` of the champion, in a directory without a checkout: POST JSON, get the status and the reply."""
     mlflow.MlflowClient().set_registered_model_alias(NAME, "champion", str(registered["version"]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("served")
+    port, folder = free_port(), tmp_path_factory.mktemp("served")
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{NAME}@champion", "--env-manager", "local"]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen([*command, "-p", str(port)], cwd=folder, env=elsewhere(), stdout=log, stderr=log, start_new_session=True)
@@ -274,7 +271,7 @@ def test_another_run_and_other_weights_make_versions_of_their_own(registered, pu
 def test_a_name_that_mlflow_does_not_take_is_refused_before_the_work():
     raw = presets.read("smoke")
     assert register.model_name(presets.resolve(raw, "mdlm")) == "a2d-smoke-mdlm"
-    for name in ("a/b", "{seed}", "{", ""):
+    for name in ("a/b", "a's", "{seed}", "{preset.name}", "{", ""):
         with pytest.raises(UserError, match=r"register\.name"):
             register.model_name(presets.resolve(raw, "mdlm", [f"register.name={name}"]))
 
@@ -416,6 +413,12 @@ def test_a_review_shows_candidate_and_champion_in_a_pipe_and_as_json(versions, c
     assert found["differences"] == [{"field": "sft.max_steps", "candidate": 8, "champion": 4}]
 
 
+def test_an_answer_cannot_command_the_terminal_of_its_reviewer():
+    samples = [{"prompt": "é 日本", "answer": "a\x1b[2J\x9b1m\x07b"}]
+    shown = review.text(review.build(review.Version("name", 1, {}, {"samples": samples}), None))
+    assert shown.endswith("> é 日本\n  candidate  a\ufffd[2J\ufffd1m\ufffdb")
+
+
 def test_a_decision_is_recorded_with_who_when_and_why(versions, command, client):
     versions()
     command("reject", versions.name, "--why", "it repeats itself")
@@ -467,11 +470,15 @@ def test_rollback_goes_back_one_champion_at_a_time(versions, command, client):
         return int(client.get_registered_model(versions.name).aliases["champion"])
 
     assert champion() == 3
+    assert "is the champion: take it back first" in command("reject", versions.name, "--version", 3, "--why", "no")[1]
     assert "rolled back from version 3 to version 2: it was slow" in command("rollback", versions.name, "--why", "it was slow")[1]
     assert champion() == 2
     assert client.get_model_version(versions.name, "3").tags["rolled_back.why"] == "it was slow"
     client.delete_model_version(versions.name, "1")
-    assert command("rollback", versions.name) == (2, f"error: '{versions.name}' has no earlier champion to go back to\n")
+    assert command("rollback", versions.name) == (
+        2,
+        f"error: '{versions.name}' has no earlier champion to go back to: promote another version\n",
+    )
     assert command("promote", versions.name, "--version", 3)[0] == 0
     assert command("rollback", versions.name)[0] == 0
     assert champion() == 2
@@ -495,4 +502,4 @@ def test_what_is_not_there_is_named(versions, command):
     command("approve", versions.name)
     command("promote", versions.name)
     assert "is the champion already" in command("promote", versions.name, "--version", 1)[1]
-    assert "is the champion: take it back first" in command("reject", versions.name, "--version", 1, "--why", "no")[1]
+    assert "is the champion: promote another version first" in command("reject", versions.name, "--version", 1, "--why", "no")[1]

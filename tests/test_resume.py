@@ -7,7 +7,6 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from stand_ins.pod import CREDENTIALS
+from stand_ins.services import BUCKET, Aws
 
 from a2d_core import embedded
 
@@ -112,34 +113,16 @@ def end(process):
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory):
+def s3():
     """The environment of a datastore on S3, as far as this machine can have one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    log = (tmp_path_factory.mktemp("s3") / "moto.log").open("w")
-    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
-    environment = {
-        "METAFLOW_DEFAULT_DATASTORE": "s3",
-        "METAFLOW_DATASTORE_SYSROOT_S3": "s3://bucket/metaflow",
-        "METAFLOW_S3_ENDPOINT_URL": url,
-        "METAFLOW_S3_WORKER_COUNT": "2",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    make = f"import boto3; boto3.client('s3', endpoint_url='{url}').create_bucket(Bucket='bucket')"
-    try:
-        for _ in range(120):
-            if subprocess.run([sys.executable, "-c", make], env=os.environ | environment, capture_output=True, check=False).returncode == 0:
-                break
-            assert server.poll() is None, Path(log.name).read_text()
-            time.sleep(0.5)
-        yield environment
-    finally:
-        server.kill()
-        server.wait()
+    aws = Aws()
+    yield on_s3(aws.url)
+    aws.server.stop()
+
+
+def on_s3(url):
+    where = {"DEFAULT_DATASTORE": "s3", "DATASTORE_SYSROOT_S3": f"s3://{BUCKET}/metaflow", "S3_ENDPOINT_URL": url, "S3_WORKER_COUNT": "2"}
+    return CREDENTIALS | {f"METAFLOW_{name}": value for name, value in where.items()}
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +220,7 @@ def test_one_damaged_byte_is_named_and_neither_begun_anew_nor_registered(tmp_pat
     assert code == 1
     assert f"the stored directory '{weights.parent}' is damaged: model.safetensors is not what was written" in " ".join(output.split())
     assert "pretrain starts at step 0" not in output and "Traceback" not in output
+    assert f"resume --origin-run-id {place.run_id()}" in output
     flipped(weights)
     (place.folder / "run_id").write_text(origin)
     code, output = place.resume(**armed)
@@ -250,11 +234,12 @@ def test_one_damaged_byte_is_named_and_neither_begun_anew_nor_registered(tmp_pat
 
 
 AS_A_TASK = """
-import os
+import os, time
 from pathlib import Path
 from types import SimpleNamespace
 from metaflow import current
-current._set_env(SimpleNamespace(name="F", _graph_info={}), run_id="1", step_name="s", task_id="2", retry_count=0)
+run_id = str(time.time_ns())  # on S3 all tests have one bucket
+current._set_env(SimpleNamespace(name="F", _graph_info={}), run_id=run_id, step_name="s", task_id="2", retry_count=0)
 from a2d_core import store
 from a2d_core.config import UserError
 made = Path("made")
@@ -284,7 +269,7 @@ def as_a_task(folder, code, **environment):
 TWO = """
 for step in (1, 2):
     (made / "b.bin").write_bytes(bytes([step]) * 1000)
-    store.put_dir(made, "training", step=step)
+    store.put_dir(made, "training", step=step, score=None)
 newest, older = (Path(found["url"]) for found in store.stored("training"))
 def flip(path):
     content = bytearray(path.read_bytes())
@@ -294,15 +279,102 @@ def flip(path):
 
 
 def test_a_damaged_directory_is_passed_over_for_the_one_before(tmp_path):
-    said = as_a_task(tmp_path, TWO + 'flip(newest / "b.bin")\nprint(store.get_latest("training", "there")["metadata"]["step"])')
-    assert "passed over: the stored directory '" in said and said.endswith("is damaged: b.bin is not what was written\n1\n")
-    assert (tmp_path / "there" / "b.bin").read_bytes() == bytes([1]) * 1000
+    said = as_a_task(tmp_path, TWO + 'flip(newest / "b.bin")\nprint(store.restore("training", Path("there")))')
+    assert "passed over: the stored directory '" in said
+    assert said.endswith("is damaged: b.bin is not what was written\nthere/checkpoint-1\n")
+    assert (tmp_path / "there" / "checkpoint-1" / "b.bin").read_bytes() == bytes([1]) * 1000
 
 
 def test_where_all_are_damaged_nothing_is_begun_anew(tmp_path):
-    said = as_a_task(tmp_path, TWO + '(newest / "b.bin").unlink()\nflip(older / "b.bin")\nprint(store.get_latest("training", "there"))')
+    said = as_a_task(tmp_path, TWO + '(newest / "b.bin").unlink()\nflip(older / "b.bin")\nprint(store.restore("training", Path("there")))')
     assert "b.bin is missing; " in said and "There is no whole one to go on from" in said and "None" not in said
-    assert not (tmp_path / "there").exists()
+    assert not list((tmp_path / "there").iterdir())
+
+
+FIT = """
+import json, sys, time
+sys.path.insert(0, FLOWS)
+from a2d_flow import A2DFlow
+from a2d_core import checkpoints, launch, presets
+recipe = presets.resolve(presets.read("smoke"), "bd3lm")
+SCORES = {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0, 5: 5.0, 6: 6.0}
+
+def run(config, model, output, resume_from, **_):  # keep_checkpoints = 2: when it dies, the best is older than the newest two
+    history = [{"step": step, "eval_nelbo": score} for step, score in SCORES.items()]
+    for step in range(1 + int(str(resume_from or "-0").split("-")[-1]), 7):
+        with checkpoints.whole(output / f"checkpoint-{step}") as room:
+            (room / "trainer_state.json").write_text(json.dumps({"log_history": history[:step]}))
+        (output / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in history[:step]))
+        checkpoints.prune(output, 2, step, history[:step])
+        while step not in stored:
+            time.sleep(0.02)
+        if step == 5:
+            raise MemoryError("as planned")
+    return {"steps": 6}
+
+flow, stored, put_dir = SimpleNamespace(model=store.put_dir(made, "model")), set(), store.put_dir
+
+def put(path, name, **metadata):
+    put_dir(path, name, **metadata)
+    stored.add(metadata["step"])
+
+store.put_dir = put
+
+class Log:
+    add = lambda self, rows: None
+    send = lambda self: 0
+
+def fit(room, attempt):
+    current._retry_count = attempt
+    return A2DFlow._fit(flow, "sft", run, recipe, Path(room), launch.ONE_NODE, log=Log())[1].rows
+
+for name in ("first", "second"):
+    Path(name).mkdir()
+follow = sys.modules["a2d_core.follow"]
+follow.Follower.__init__.__kwdefaults__["interval"] = 0.02
+try:
+    fit("first", 0)
+except MemoryError:
+    print("kept", sorted(one["metadata"]["step"] for one in store.own("training")))
+rows = fit("second", 1)
+print("there", sorted(checkpoints.steps(Path("second/output"))), checkpoints.best(Path("second/output"), rows).name)
+"""
+
+
+@pytest.mark.parametrize("datastore", ["local", pytest.param("s3", marks=pytest.mark.long)])
+def test_after_a_crash_the_best_checkpoint_is_there_again_though_newer_ones_have_followed(datastore, tmp_path, request):
+    said = as_a_task(tmp_path, FIT.replace("FLOWS", repr(str(ROOT / "flows"))), **environment_of(datastore, request)).splitlines()
+    assert said == ["sft starts at step 0", "kept [2, 4, 5]", "sft goes on from step 5", "there [2, 5, 6] checkpoint-2"]
+
+
+PARTS = """
+for step, score in ((1, 1.0), (2, 2.0), (3, 3.0), (4, 0.0)):
+    for node in (0, 1):
+        if (node, step) == (1, 4):
+            break  # node 1 has not stored its part yet
+        folder = Path(f"of-{node}")
+        folder.mkdir(exist_ok=True)
+        for name in ("shared", f"own-{node}"):
+            (folder / name).write_text(f"{node} at {step}")
+        store.put_dir(folder, store.part("training", node), step=step, score=None if node else score)
+store.prune("training", keep=1, nodes=2)
+print([sorted(one["metadata"]["step"] for one in store.own(store.part("training", node))) for node in (0, 1)])
+print(store.restore("training", Path("there"), nodes=2))
+"""
+
+
+@pytest.mark.parametrize("datastore", ["local", pytest.param("s3", marks=pytest.mark.long)])
+def test_of_several_nodes_a_checkpoint_counts_once_all_have_stored_their_parts(datastore, tmp_path, request):
+    assert as_a_task(tmp_path, PARTS, **environment_of(datastore, request)).splitlines() == ["[[1, 3, 4], [1, 3]]", "there/checkpoint-3"]
+    for step in (1, 3):
+        files = {path.name: path.read_text() for path in (tmp_path / "there" / f"checkpoint-{step}").iterdir()}
+        assert files == {"shared": f"0 at {step}", "own-0": f"0 at {step}", "own-1": f"1 at {step}"}
+    assert len(list((tmp_path / "there").iterdir())) == 2
+
+
+def test_a_step_that_cannot_look_into_the_run_that_is_resumed_asks_for_a_metadata_service(tmp_path):
+    said = as_a_task(tmp_path, 'current._origin_run_id = "9"\nprint(store.restore("training", Path("there")))')
+    assert said.startswith("nothing is known here of run 9, which this one resumes: ") and "metadata service" in said
 
 
 FULL = """
@@ -357,16 +429,7 @@ def refusing():
 )
 def test_an_s3_that_refuses_is_told_and_not_taken_for_an_empty_one(status, code, what, refusing, tmp_path):
     refusing.status = status
-    environment = {
-        "METAFLOW_DEFAULT_DATASTORE": "s3",
-        "METAFLOW_DATASTORE_SYSROOT_S3": "s3://bucket/metaflow",
-        "METAFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{refusing.server_address[1]}",
-        "METAFLOW_S3_RETRY_COUNT": "0",
-        "METAFLOW_S3_TRANSIENT_RETRY_COUNT": "0",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1",
-    }
+    hasty = {"RETRY_COUNT": "0", "TRANSIENT_RETRY_COUNT": "0", "CLIENT_RETRY_CONFIG": '{"max_attempts": 1, "mode": "standard"}'}
+    environment = on_s3(f"http://127.0.0.1:{refusing.server_address[1]}") | {f"METAFLOW_S3_{name}": value for name, value in hasty.items()}
     said = as_a_task(tmp_path, code, **environment)
     assert f"the s3 datastore refuses to {what} (" in said and "resume the run" in said

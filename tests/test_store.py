@@ -39,15 +39,17 @@ class Stored(FlowSpec):
     @retry(times=1, minutes_between_retries=0)
     @step
     def work(self):
-        found = store.get_latest("training", "restored", base="first")
-        begun = found["metadata"]["number"] if found else 0
-        told(begun=begun, text=(Path("restored") / "deep" / "file.txt").read_text() if found else None)
-        for number in range(begun + 1, begun + 4):
-            store.put_dir(directory(f"training {number}"), "training", number=number, base="first")
-        store.put_dir(directory("other"), "training", number=99, base="second")
-        had = len(store.stored("training"))
-        store.prune("training", keep=3)
-        told(pruned=had - len(store.stored("training")))
+        output = Path("output", current.run_id, str(current.retry_count))
+        found = store.restore("training", output, base="first")
+        begun = int(found.name.split("-")[1]) if found else 0
+        there = sorted(path.name for path in output.glob("*"))
+        told(begun=begun, there=there, text=(found / "deep" / "file.txt").read_text() if found else None)
+        for step in range(begun + 1, begun + 4):
+            score = {1: 5.0, 2: 2.0, 8: 2.0, 9: 3.0}.get(step)  # the best is 2, until there is 8, as good and newer
+            store.put_dir(directory(f"training {step}"), "training", step=step, score=score, base="first")
+        store.put_dir(directory("other"), "training", step=99, score=None, base="second")
+        store.prune("training", keep=2)
+        told(kept=[reference["metadata"]["step"] for reference in store.own("training")])
         if Path("dies").exists():
             raise RuntimeError("as planned")
         self.next(self.end)
@@ -125,8 +127,53 @@ def test_a_step_that_had_succeeded_starts_afresh(runs):
     assert begun(runs["afresh"]) == [0]
 
 
-def test_prune_keeps_the_newest_of_all_attempts(runs):
-    assert [row["pruned"] for row in runs["died"] if "pruned" in row] == [1, 4]
+def test_prune_keeps_the_newest_of_all_attempts_and_the_best(runs):
+    assert [row["kept"] for row in runs["died"] if "kept" in row] == [[99, 3, 2], [99, 6, 2]]
+
+
+def test_the_best_is_there_again_beside_the_newest_in_each_run_that_goes_on(runs):
+    there = {name: [row["there"] for row in runs[name] if "there" in row] for name in runs}
+    assert there["died"] == [[], ["checkpoint-2", "checkpoint-3"]]
+    assert there["died again"] == [["checkpoint-2", "checkpoint-6"], ["checkpoint-8", "checkpoint-9"]]
+    assert there["ended"] == [["checkpoint-12", "checkpoint-8"]]
+    assert there["afresh"] == [[]]
+
+
+KILLED = """
+import os, signal, sys
+from a2d_core import store
+with store.workroom("sft") as room:
+    (room / "half").mkdir()
+    print(room, flush=True)
+    if sys.argv[1] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_step_left_is_deleted_by_the_next_and_what_another_works_in_is_not(tmp_path, monkeypatch):
+    from a2d_core import store
+
+    def start(what):
+        env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+        process = subprocess.Popen([sys.executable, "-c", KILLED, what], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return process, Path(process.stdout.readline().strip())
+
+    (dead, left), (alive, room) = start("die"), start("wait")
+    dead.wait()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / f"{store.ROOM}link").symlink_to(elsewhere)
+    monkeypatch.setattr(store.tempfile, "tempdir", str(tmp_path))
+    with store.workroom("new"):
+        assert left.exists()  # it may be so new that it has no lock yet
+    for path in (left, room, elsewhere):
+        os.utime(path, (0, 0))
+    with store.workroom("new") as mine:
+        assert mine.exists() and room.exists() and elsewhere.exists() and not left.exists()
+    assert not mine.exists()
+    alive.communicate("")
+    assert not room.exists()
 
 
 def test_a_name_with_a_separator_is_refused(tmp_path):

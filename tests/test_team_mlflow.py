@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import boto3
 import mlflow
 import psycopg2
 import pytest
 import yaml
-from moto.server import ThreadedMotoServer
+from stand_ins.pod import CREDENTIALS
+from stand_ins.services import Aws, free_port
 
 from a2d_core import checkpoints, presets, registry, tracking
 from a2d_core.config import SampleConfig
@@ -34,12 +33,6 @@ STAGES = {"convert", "pretrain", "sft", "sample", "evaluate", "register"}
 STEPS = [1, 2, 3, 4]
 TROUBLE = r"(?i)\b(dead)?lock(ed|s)?\b|serialize|OperationalError|QueuePool|too many (clients|connections)|Traceback|Internal Server Error"
 EXPECTED = ("duplicate key value violates unique constraint", "the database system is starting up")  # the former: two made the same thing
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager
@@ -111,17 +104,14 @@ def team(tmp_path_factory):
     """The server's URI, a connection to its database, its bucket, and where the logs are."""
     logs = tmp_path_factory.mktemp("team")
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        s3 = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        s3.start()
-        stack.callback(s3.stop)
-        endpoint = f"http://127.0.0.1:{s3.get_host_and_port()[1]}"
-        keys = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_EC2_METADATA_DISABLED": "true"}
-        bucket = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="none", aws_secret_access_key="none")
+        aws = Aws()
+        stack.callback(aws.server.stop)
+        bucket = aws.client("s3")
         bucket.create_bucket(Bucket="your-bucket")
         room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="a2d-postgres-")))  # pytest's own is closed to others
         port, database_port = free_port(), stack.enter_context(postgres(room, logs / "postgres.log"))
         command, values = server_of_the_manifest(port, database_port)
-        environment = os.environ | values | keys | {"MLFLOW_S3_ENDPOINT_URL": endpoint, "HOME": str(logs)}
+        environment = os.environ | values | CREDENTIALS | {"MLFLOW_S3_ENDPOINT_URL": aws.url, "HOME": str(logs)}
         (logs / "cwd").mkdir()
         server = stack.enter_context(running(command, logs / "mlflow.log", env=environment, cwd=logs / "cwd"))
         uri = f"http://127.0.0.1:{port}"

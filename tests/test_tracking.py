@@ -52,6 +52,15 @@ def test_the_default_is_a_file_of_the_working_directory_by_its_full_path(tmp_pat
     assert tracking.default_uri(TrackingConfig(uri="http://tracking:5000")) == "http://tracking:5000"
 
 
+@pytest.mark.parametrize("uri", ["https://ada:hunter2@mlflow.example:5000", "postgresql+psycopg2://mlflow:hunter2@db/mlflow"])
+def test_a_password_in_the_uri_is_refused_and_not_shown(uri, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for config in (None, TrackingConfig(uri=uri)):
+        with pytest.raises(UserError, match=r"has a password in it.* MLFLOW_TRACKING_PASSWORD") as refused:
+            tracking.default_uri(config)
+        assert "hunter2" not in str(refused.value)
+
+
 def test_telemetry_is_off_unless_the_user_has_said_otherwise(monkeypatch):
     monkeypatch.delenv("DO_NOT_TRACK", raising=False)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")

@@ -22,6 +22,8 @@ MADE_HERE = ("checkpoint-*", "metrics.jsonl", "samples.jsonl", "results.json")
 STATE_BYTES_PER_PARAMETER = 12
 """A training checkpoint: float32 weights and AdamW's two moments."""
 FINAL_BYTES_PER_PARAMETER = 4
+BESIDES = 2
+"""Training checkpoints beside the newest that are kept: the best, and one that goes when the next is whole."""
 
 
 class MemoryFullError(RuntimeError):
@@ -72,17 +74,20 @@ def read_spec(model_dir: str | Path) -> dict[str, Any] | None:
 def room_for_checkpoints(config: TrainConfig, model_dir: str | Path, output_dir: str | Path) -> None:
     """Raise `UserError` where the disk of `output_dir` has no room for the checkpoints that the training will keep."""
     count = parameters(model_dir)
-    trained = parameters(model_dir, config.lora_rank) if config.lora_rank else count
-    most = config.keep_checkpoints + 2  # the best, and one that goes when the next is whole
-    needed = trained * STATE_BYTES_PER_PARAMETER * most + count * FINAL_BYTES_PER_PARAMETER
+    needed = disk_bytes(config, count, parameters(model_dir, config.lora_rank) if config.lora_rank else count)
     there = next(folder for folder in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     require(
         needed <= free,
-        f"too little disk at '{output_dir}': {most} training checkpoints and the final one of a model with "
+        f"too little disk at '{output_dir}': {config.keep_checkpoints + BESIDES} training checkpoints and the final one of a model with "
         f"{count / 1e6:.1f} million parameters need about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free: "
         "lower keep_checkpoints, free some space, or choose another output directory",
     )
+
+
+def disk_bytes(config: TrainConfig, count: int, trained: int) -> int:
+    """Bytes of the checkpoints that a training keeps at once, of a model with `count` parameters of which so many are trained."""
+    return trained * STATE_BYTES_PER_PARAMETER * (config.keep_checkpoints + BESIDES) + count * FINAL_BYTES_PER_PARAMETER
 
 
 def parameters(model_dir: str | Path, lora_rank: int | None = None) -> int:

@@ -65,7 +65,7 @@ def model_name(recipe: Recipe) -> str:
     template = recipe.register.name
     try:
         name = template.format(preset=recipe.name, objective=recipe.objective)
-    except (KeyError, IndexError, ValueError):
+    except (AttributeError, LookupError, ValueError):
         raise UserError(f"register.name='{template}' may contain {{preset}} and {{objective}}, and no other braces") from None
-    require(bool(name) and not set(name) & set("/:"), f"register.name='{template}' gives '{name}': use a name without '/' and ':'")
+    require(bool(name) and not set(name) & set("/:'"), f"register.name='{template}' gives '{name}': use a name without '/', ':' and quotes")
     return name
