@@ -14,7 +14,9 @@ Source: BD3LM (arXiv 2503.09573), sec. 3.2 and appendix B.6.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,8 +47,13 @@ class Slots:
         nought = torch.zeros_like(position_BS)
         return Slots(position_BS, block_BS, nought, nought, torch.ones_like(nought, dtype=torch.bool) if valid_BS is None else valid_BS)
 
-    def __getitem__(self, index: slice) -> Slots:
-        return Slots(*(x[:, index] for x in self.fields()))
+    def __getitem__(self, index: Any) -> Slots:
+        """Some of the rows, or, as [:, index], of the slots."""
+        return self.map(lambda x: x[index])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Slots:
+        """The same change of every field."""
+        return Slots(*(change(x) for x in self.fields()))
 
     def then(self, other: Slots) -> Slots:
         """These slots followed by others."""
@@ -54,7 +61,7 @@ class Slots:
 
     def padded(self, count: int) -> Slots:
         """These slots followed by padding."""
-        return Slots(*(torch.nn.functional.pad(x, (0, count)) for x in self.fields()))
+        return self.map(lambda x: torch.nn.functional.pad(x, (0, count)))
 
     def fields(self) -> tuple[Tensor, ...]:
         """position, block, document, view, valid."""

@@ -5,7 +5,7 @@ slot of its logical position: those of the active block are overwritten at the n
 the slots of a finished one, and what is final is neither computed again nor copied.
 """
 
-# Shapes: R rows, P slots of a row, N written tokens, G key-value heads, D head size, Q queries
+# Shapes: R rows, P slots of a row, W written tokens, G key-value heads, D head size, Q queries
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class SlotCache(Cache):
     def __init__(self, rows: int, slots: int) -> None:
         super().__init__(layer_class_to_replicate=lambda: _SlotLayer(self))
         self.rows, self.slots = rows, slots
-        self.target_N = torch.empty(0, dtype=torch.int64)
+        self.target_W = torch.empty(0, dtype=torch.int64)
         self.seen: tuple[int, int] | None = None
 
     def place(self, position_RQ: Tensor, is_real_RQ: Tensor, row_R: Tensor) -> Tensor:
         """Where the keys of these positions go, as `write` takes it: flat, row by row."""
         return (row_R[:, None] * (self.slots + 1) + torch.where(is_real_RQ, position_RQ, self.slots)).flatten()
 
-    def write(self, target_N: Tensor, seen: tuple[int, int] | None) -> SlotCache:
+    def write(self, target_W: Tensor, seen: tuple[int, int] | None) -> SlotCache:
         """Say where the next forward's keys go, and what its queries see: the first so many rows and slots.
 
         None: they see nothing but each other.
         """
-        self.target_N, self.seen = target_N, seen
+        self.target_W, self.seen = target_W, seen
         return self
 
     def move(self, source: int, target: int) -> None:
@@ -65,7 +65,7 @@ class _SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         for stored, new in ((self.keys, key_states), (self.values, value_states)):
-            stored.flatten(0, 1).index_copy_(0, self.owner.target_N, new.transpose(1, 2).flatten(0, 1))
+            stored.flatten(0, 1).index_copy_(0, self.owner.target_W, new.transpose(1, 2).flatten(0, 1))
         if self.owner.seen is None:
             return key_states, value_states
         rows, slots = self.owner.seen

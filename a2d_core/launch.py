@@ -33,7 +33,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,8 +91,8 @@ class NodeLostError(RuntimeError):
     """A node has ended, or is not heard of any more: the message names it."""
 
 
-TOLD = {"UserError": UserError, "StoppedError": StoppedError, "NodeLostError": NodeLostError}
-"""Exceptions that come back from a worker as themselves."""
+AS_THEMSELVES = {"UserError": UserError, "StoppedError": StoppedError, "NodeLostError": NodeLostError}
+"""Exceptions that come back from a worker as they were raised."""
 
 
 class WorkerError(RuntimeError):
@@ -102,6 +102,37 @@ class WorkerError(RuntimeError):
         super().__init__(message)
         self.rank = rank
         self.kind = kind
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What the processes tell each other of a failure, as JSON."""
+
+    rank: int
+    kind: str
+    """Name of the exception, or of the signal that ended the process."""
+    message: str
+    traceback: str = ""
+    time: float = field(default_factory=time.time)
+    """When it happened: the first one is the cause of the others."""
+
+    @staticmethod
+    def of(error: Exception, rank: int) -> _Failure:
+        """The exception that is being handled."""
+        kind = "UserError" if isinstance(error, UserError) else type(error).__name__
+        return _Failure(rank, kind, str(error), traceback.format_exc())
+
+    @staticmethod
+    def of_node(nodes: Nodes, rank: int, how: str) -> _Failure:
+        """A node that is not there any more."""
+        return _Failure(0, NodeLostError.__name__, f"node {rank} of {nodes.count} (0 to {nodes.count - 1}) is lost: {how}")
+
+    def write(self, folder: Path, rank: int) -> None:
+        """Leave it for the caller, as what rank `rank` knows: it may have heard it from another."""
+        _write(folder / f"error-{rank}.json", asdict(self))
+
+
+# --- the caller -----------------------------------------------------------------------------------
 
 
 def run(
@@ -133,7 +164,7 @@ def run(
         code, terminated = _wait(lambda: subprocess.Popen(command, env=environment(processes, nodes)))
         if not terminated:
             return _outcome(folder, code)
-        _raise_told([_read(path) for path in folder.glob("error-*.json")])  # what a worker had the time to say
+        _first_failure(folder)  # what a worker had the time to say
     os.kill(os.getpid(), signal.SIGTERM)  # the workers are gone; now this process answers the signal in its own way
     raise WorkerError(f"training was stopped by SIGTERM on {processes} processes", rank=0, kind="SIGTERM")
 
@@ -220,10 +251,10 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 def _outcome(folder: Path, code: int) -> Any:
     """The result that rank 0 wrote, or the exception for what failed first."""
-    first = _raise_told([_read(path) for path in folder.glob("error-*.json")])
+    first = _first_failure(folder)
     if first:
-        message = f"rank {first['rank']} failed: {first['kind']}: {first['message']}\n{first['traceback']}"
-        raise WorkerError(message if first["traceback"] else first["message"], rank=first["rank"], kind=first["kind"])
+        message = f"rank {first.rank} failed: {first.kind}: {first.message}\n{first.traceback}"
+        raise WorkerError(message if first.traceback else first.message, rank=first.rank, kind=first.kind)
     if code != 0:
         raise WorkerError(
             f"the processes did not start, or were stopped from outside (exit code {code}): see the output above", rank=0, kind="Exit"
@@ -231,12 +262,16 @@ def _outcome(folder: Path, code: int) -> Any:
     return _read(folder / "result.json")
 
 
-def _raise_told(errors: list[dict[str, Any]]) -> Any:
-    """Raise the first error as it was raised, where its message is all that there is to tell; else return it."""
-    first = min(errors, key=lambda error: error["time"], default=None)
-    if first and first["kind"] in TOLD:
-        raise TOLD[first["kind"]](first["message"])
+def _first_failure(folder: Path) -> _Failure | None:
+    """The first failure that was written; raised as it was, where its message is all that there is to tell."""
+    failures = [_Failure(**_read(path)) for path in folder.glob("error-*.json")]
+    first = min(failures, key=lambda failure: failure.time, default=None)
+    if first and first.kind in AS_THEMSELVES:
+        raise AS_THEMSELVES[first.kind](first.message)
     return first
+
+
+# --- what all processes use -----------------------------------------------------------------------
 
 
 def _read(path: Path) -> Any:
@@ -266,6 +301,9 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+# --- the agent of a node --------------------------------------------------------------------------
+
+
 def _agent(folder: Path, parent: int) -> None:
     """Start and watch over the workers: torch.distributed.run, quiet, in a process that ends with its parent."""
     call = _read(folder / "call.json")
@@ -285,9 +323,9 @@ def _agent(folder: Path, parent: int) -> None:
             [*_where(nodes), f"--nproc-per-node={call['processes']}", "-m", "a2d_core.launch", "worker", str(folder), str(os.getpid())]
         )
     except ChildFailedError as error:
-        for told in _ends_without_message(folder, error.failures):
-            _write(folder / f"error-{told['rank']}.json", told)
-            pulse.tell(told)
+        for failure in _ends_without_message(folder, error.failures):
+            failure.write(folder, failure.rank)
+            pulse.tell(failure)
         sys.exit(1)
     except SignalException as error:
         if os.getppid() != parent:  # nobody is left to do it
@@ -300,24 +338,22 @@ def _agent(folder: Path, parent: int) -> None:
             f"the {nodes.count} nodes did not meet at {nodes.main_address} within {nodes.meeting_seconds} seconds ({error}): start node "
             f"0 to {nodes.count - 1} with the same --nodes and --main-address, a free port of node 0 that the others reach"
         )
-        told = _told(error, 0) | ({} if isinstance(error, UserError) else {"kind": "UserError", "message": what})
-        _write(folder / "error-0.json", told)
+        _Failure(0, "UserError", str(error) if isinstance(error, UserError) else what).write(folder, 0)
         sys.exit(1)
 
 
-def _ends_without_message(folder: Path, failures: dict[int, Any]) -> list[dict[str, Any]]:
-    """What is told for the workers that ended first, and left no message themselves."""
-    own = min(failure.timestamp for failure in failures.values()) + STOP_SECONDS / 2
-    told = []
-    for rank, end in failures.items():
+def _ends_without_message(folder: Path, ends: dict[int, Any]) -> list[_Failure]:
+    """The failures of the workers that ended first, and left no message themselves."""
+    own = min(end.timestamp for end in ends.values()) + STOP_SECONDS / 2
+    failures = []
+    for rank, end in ends.items():
         # from `own` on the ends are the agent's own doing: SIGTERM to the others, SIGKILL 30 seconds later
         if end.exitcode == -signal.SIGTERM or end.timestamp >= own or (folder / f"error-{rank}.json").exists():
             continue
         how = signal.Signals(-end.exitcode).name if end.exitcode < 0 else f"exit code {end.exitcode}"
         advice = "; SIGKILL often means that the machine ran out of memory" if how == "SIGKILL" else ""
-        message = f"rank {rank} ended without a message ({how}){advice}"
-        told.append({"rank": rank, "time": 0.0, "kind": how, "message": message, "traceback": ""})  # first: its peers complain of it
-    return told
+        failures.append(_Failure(rank, how, f"rank {rank} ended without a message ({how}){advice}", time=0.0))  # its peers complain of it
+    return failures
 
 
 class Pulse:
@@ -340,24 +376,20 @@ class Pulse:
         if self._nodes.rank:
             threading.Thread(target=self._miss_node_0, name="miss-node-0", daemon=True).start()
 
-    def tell(self, told: dict[str, Any]) -> None:
+    def tell(self, failure: _Failure) -> None:
         """End the workers of all nodes with this message, unless another was first."""
         if self._store is None:
             return
         from torch.distributed import DistError
 
         with suppress(DistError):
-            self._store.compare_set(FAILURE, "", json.dumps(told))
+            self._store.compare_set(FAILURE, "", json.dumps(asdict(failure)))
             time.sleep(2 * POLL_SECONDS)  # node 0's store ends with its agent: until then all have heard
 
     def end_with_parent(self) -> None:
         """End this agent, whose parent is gone."""
-        self.tell(self._lost(self._nodes.rank, "its process ended"))
+        self.tell(_Failure.of_node(self._nodes, self._nodes.rank, "its process ended"))
         terminate()
-
-    def _lost(self, rank: int, how: str) -> dict[str, Any]:
-        message = f"node {rank} of {self._nodes.count} (0 to {self._nodes.count - 1}) is lost: {how}"
-        return {"rank": 0, "time": time.time(), "kind": NodeLostError.__name__, "message": message, "traceback": ""}
 
     def _beat(self) -> None:
         from torch.distributed import DistError, TCPStore
@@ -374,7 +406,7 @@ class Pulse:
                     count = store.add(f"{ALIVE}-{rank}", 0)
                     heard[rank] = count, looks + 1 if count == before > 0 else 0  # those that have not come yet have `meeting_seconds`
                     if heard[rank][1] > self._most_silent:
-                        self.tell(self._lost(rank, f"nothing was heard of it for {self._nodes.silent_seconds} seconds"))
+                        self.tell(self._silent(rank))
                 time.sleep(POLL_SECONDS)
 
     def _miss_node_0(self) -> None:
@@ -384,8 +416,11 @@ class Pulse:
             time.sleep(POLL_SECONDS)
             looks = looks + 1 if self._beats == before > 0 else 0
             before = self._beats
-        _write(self._folder / "error-0.json", self._lost(0, f"nothing was heard of it for {self._nodes.silent_seconds} seconds"))
+        self._silent(0).write(self._folder, 0)
         terminate()
+
+    def _silent(self, rank: int) -> _Failure:
+        return _Failure.of_node(self._nodes, rank, f"nothing was heard of it for {self._nodes.silent_seconds} seconds")
 
 
 def _where(nodes: Nodes) -> list[str]:
@@ -397,27 +432,24 @@ def _where(nodes: Nodes) -> list[str]:
     return [f"--nnodes={nodes.count}", f"--node-rank={nodes.rank}", *meeting]
 
 
+# --- a worker -------------------------------------------------------------------------------------
+
+
 def _worker(folder: Path, parent: int) -> None:
     """One of the processes: join the group, call the function, and leave the result or the error in a file."""
     die_with(parent, lambda: os._exit(1))
     rank = int(os.environ["RANK"])
     call = _read(folder / "call.json")
     nodes = Nodes(**call["nodes"])
-    fail = _share_failures(folder, rank, nodes) if nodes.count > 1 else lambda error: _fail(folder, rank, _told(error, rank))
+    fail = _share_failures(folder, rank, nodes) if nodes.count > 1 else lambda error: _fail(folder, rank, _Failure.of(error, rank))
     try:
         _call(folder, call)
     except Exception as error:
         fail(error)
 
 
-def _told(error: Exception, rank: int) -> dict[str, Any]:
-    """What is told of a failure."""
-    kind = "UserError" if isinstance(error, UserError) else type(error).__name__
-    return {"rank": rank, "time": time.time(), "kind": kind, "message": str(error), "traceback": traceback.format_exc()}
-
-
-def _fail(folder: Path, rank: int, told: dict[str, Any]) -> None:
-    _write(folder / f"error-{rank}.json", told)
+def _fail(folder: Path, rank: int, failure: _Failure) -> None:
+    failure.write(folder, rank)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)  # at once: a normal exit would wait for peers that wait for this one
@@ -432,32 +464,32 @@ def _share_failures(folder: Path, rank: int, nodes: Nodes) -> Callable[[Exceptio
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # the agents', which node 0 keeps
 
-    def end(told: dict[str, Any]) -> None:
+    def end(failure: _Failure) -> None:
         time.sleep(2 * POLL_SECONDS)  # node 0's agent, and the store with it, ends with its workers: until then all have heard
-        _fail(folder, rank, told)
+        _fail(folder, rank, failure)
 
-    def lost(told: dict[str, Any]) -> dict[str, Any]:
-        message = f"node 0 of {nodes.count} is lost, and its own output says why ({told['message']})"
-        return told | {"kind": NodeLostError.__name__, "message": message}
+    def lost(failure: _Failure) -> _Failure:
+        message = f"node 0 of {nodes.count} is lost, and its own output says why ({failure.message})"
+        return replace(failure, kind=NodeLostError.__name__, message=message)
 
     def listen() -> None:
         try:
             while not store.check([FAILURE]):
                 time.sleep(POLL_SECONDS)
-            told = json.loads(store.get(FAILURE))
+            failure = _Failure(**json.loads(store.get(FAILURE)))
         except DistError as error:
-            told = lost(_told(error, rank))
-        end(told)
+            failure = lost(_Failure.of(error, rank))
+        end(failure)
 
     def fail(error: Exception) -> None:
-        told = _told(error, rank)
+        failure = _Failure.of(error, rank)
         if isinstance(error, DistError) or "gloo" in str(error):  # a peer is gone: `listen` hears from an agent which, and why
             time.sleep(nodes.silent_seconds + STOP_SECONDS)
         try:
-            told = json.loads(store.compare_set(FAILURE, "", json.dumps(told)))  # the first failure stays
+            failure = _Failure(**json.loads(store.compare_set(FAILURE, "", json.dumps(asdict(failure)))))  # the first failure stays
         except DistError:
-            told = lost(told)
-        end(told)
+            failure = lost(failure)
+        end(failure)
 
     threading.Thread(target=listen, name="listen-to-nodes", daemon=True).start()
     return fail

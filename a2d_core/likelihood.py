@@ -38,6 +38,17 @@ class Estimate:
     """The estimate of each sample; all alike where there is no noise."""
 
 
+def ratio(total_B: Tensor, size_B: Tensor) -> tuple[float | None, float | None]:
+    """sum(total) / sum(size), and its standard error over rows (delta method); None where there is no size, or one row."""
+    total_B, size_B = total_B.double(), size_B.double()
+    if size_B.sum() == 0:
+        return None, None
+    found = total_B.sum() / size_B.sum()
+    rows = len(total_B)
+    stderr = (total_B - found * size_B).std().item() * rows**0.5 / size_B.sum().item() if rows > 1 else None
+    return found.item(), stderr
+
+
 @torch.no_grad()
 def nelbo(
     model: DiffusionModel,
@@ -91,6 +102,7 @@ def exact(model: DiffusionModel, streams: Streams, *, order: str = "confidence")
     for _ in range(passes):
         layout = model.objective.layout(streams, is_masked_BT[None], torch.ones_like(is_masked_BT[None], dtype=torch.float))
         found_M, score_M = _predict(model, layout, ORDERS[order])
+        score_M = score_M.nan_to_num(nan=-torch.inf)  # what is no number is revealed too, and the sum becomes none
         score_S = torch.full_like(nats_S, -torch.inf).index_copy(0, layout.token_M, score_M)
         best_S = torch.full_like(count, -torch.inf, dtype=torch.float).scatter_reduce(0, block_S, score_S, "amax")[block_S]
         is_best_S = is_masked_BT.flatten() & (score_S == best_S)

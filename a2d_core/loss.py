@@ -100,10 +100,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                     ce_M[chunk] = -log_probability_CV.gather(-1, target_C1)[:, 0]
                     if not (wants_hidden or wants_weight or wants_bias):
                         continue
+                    d_logits_CV = _gradient(head, logits_CV, log_probability_CV, target_C1)
                     # The coefficient scales a position's whole row, so it goes to the small factors of the products below.
-                    d_logits_CV = log_probability_CV.exp_().scatter_add_(-1, target_C1, -torch.ones_like(coefficient_M[chunk, None]))
-                    if (slope := head.slope(logits_CV)) is not None:
-                        d_logits_CV.mul_(slope)
                     if d_bias_V is not None:
                         d_bias_V += (d_logits_CV * coefficient_M[chunk, None]).sum(0)
                     if is_grouped:
@@ -125,6 +123,14 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         # In place: [V, H] is large, and autograd notices where a graph that was kept is gone through again.
         gradients = [None if d is None else d.mul_(d_total).to(kind) for d, kind in zip(ctx.saved_tensors, kinds, strict=True)]
         return (*gradients, None, None, None)
+
+
+def _gradient(head: Head, logits_CV: Tensor, log_probability_CV: Tensor, target_C1: Tensor) -> Tensor:
+    """d cross-entropy / d (hidden @ weight.T + bias) [C, V], in the memory of the log-probabilities."""
+    minus_one_C1 = torch.full_like(target_C1, -1, dtype=torch.float32)
+    d_logits_CV = log_probability_CV.exp_().scatter_add_(-1, target_C1, minus_one_C1)
+    slope = head.slope(logits_CV)
+    return d_logits_CV if slope is None else d_logits_CV.mul_(slope)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

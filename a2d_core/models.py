@@ -5,7 +5,7 @@ causal-LM classes of transformers, and `conversion.prove` shows on the model at 
 A diffusion checkpoint is a normal Hugging Face directory whose config.json has an `a2d` entry.
 """
 
-# Shapes: B rows, S slots, H hidden, V vocabulary, M scored positions
+# Shapes: B rows, S slots, Q query slots, H hidden, V vocabulary, M scored positions
 
 from __future__ import annotations
 

@@ -68,7 +68,8 @@ def draw_t(
         stratum_KBN = order[(row_1B1 * views + view_K11) * blocks + block_11N]
         unit_KBN = ((offset.item() + stratum_KBN.to(torch.float64) / count) % 1).to(torch.float32)
     else:
-        unit_KBN = hashed_uniform(seed, step, row_1B1, view_K11, block_11N * (method == "iid") - 1)
+        below_11N = -1 - block_11N * (method == "iid")  # the counters from 0 on are the positions of `draw_mask`
+        unit_KBN = hashed_uniform(seed, step, row_1B1, view_K11, below_11N)
         unit_KBN = unit_KBN.expand(views, len(rows_B), blocks)
     return t_min + (t_max - t_min) * unit_KBN
 

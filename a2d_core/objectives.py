@@ -10,7 +10,6 @@ Trainer, likelihood and sampler ask here; none of them asks which objective it i
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,8 +48,7 @@ class Streams:
 
     def sharing(self, copies: int) -> Streams:
         """The same, each `copies` rows, whose clean streams are alike, on one of them: as answers to one question are."""
-        clean = self.clean if self.key else Slots(*(x[::copies] for x in self.clean.fields()))
-        return replace(self, clean_ids_BC=self.clean_ids_BC[::copies], clean=clean)
+        return replace(self, clean_ids_BC=self.clean_ids_BC[::copies], clean=self.clean if self.key else self.clean[::copies])
 
     @property
     def chunks(self) -> int:
@@ -66,22 +64,19 @@ class Streams:
         return self._each(lambda x: x.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Streams:
-        changed: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            changed[name] = Slots(*map(change, value.fields())) if isinstance(value, Slots) else value
-            changed[name] = change(value) if isinstance(value, Tensor) else changed[name]
-        return Streams(**changed)
+        fields = {name: value for name, value in vars(self).items() if name != "key"}
+        changed: dict[str, Any] = {k: v.map(change) if isinstance(v, Slots) else change(v) for k, v in fields.items()}
+        return Streams(**changed, key=self.key)
 
     def extended(self, length: int, fill_token_id: int) -> Streams:
         """Filled to `length` noised slots, attended and maskable, where a row is one block (the MDLM canvas)."""
         more = length - self.noised_ids_BT.shape[1]
-        at, steps = self.noised, torch.arange(1, more + 1, device=self.noised.position.device)
-        position = torch.cat([at.position, at.position[:, -1:] + steps], 1)
-        block, document, view, valid = (torch.cat([x, x[:, -1:].expand(-1, more)], 1) for x in (at.block, at.document, at.view, at.valid))
+        beyond = (torch.arange(length, device=self.noised.position.device) - (length - more - 1)).clamp(min=0)
+        noised = self.noised.map(lambda x: torch.cat([x, x[:, -1:].expand(-1, more)], 1))
         return replace(
             self,
             noised_ids_BT=pad(self.noised_ids_BT, (0, more), value=fill_token_id),
-            noised=Slots(position, block, document, view, valid),
+            noised=replace(noised, position=noised.position + beyond),
             is_maskable_BT=pad(self.is_maskable_BT, (0, more), value=True),
             is_fill_BT=pad(self.is_fill_BT, (0, more), value=True),
             chunk_BT=pad(self.chunk_BT, (0, more)),
@@ -175,7 +170,7 @@ class Objective:
         noised = slots(place_BT, 1 + index_BT // length, exists_BT)
         key = None
         if all((x == x[:1]).all() for x in (*clean.fields(), *noised.fields())):
-            clean, noised = (Slots(*(x[:1] for x in each.fields())) for each in (clean, noised))
+            clean, noised = clean[:1], noised[:1]
             key = hashlib.blake2b(b"".join(x.numpy().tobytes() for x in (*clean.fields(), *noised.fields()))).digest()
         return Streams(
             clean_ids_BC=input_ids_BL.gather(1, index_BC),
@@ -201,14 +196,14 @@ class Objective:
         if clean:
             slots, ids = streams.clean, [streams.clean_ids_BC]
             for copy in range(views * copies):
-                here = streams.noised if streams.key else Slots(*(x[copy % copies :: copies] for x in streams.noised.fields()))
+                here = streams.noised if streams.key else streams.noised[copy % copies :: copies]
                 slots = slots.then(replace(here, view=here.view + copy * _TURNS))
                 ids.append(noised_ids_KBT[copy // copies, copy % copies :: copies])
             ids_BS, row_M = torch.cat(ids, 1), token_M // noised % rows
             copy_M = token_M // (noised * rows) * copies + row_M % copies
             source_M = row_M // copies * ids_BS.shape[1] + clean + copy_M * noised + token_M % noised
         else:
-            slots = Slots(*(x.repeat(1 if streams.key else views, 1) for x in streams.noised.fields()))
+            slots = streams.noised.map(lambda x: x.repeat(1 if streams.key else views, 1))
             source_M, ids_BS = token_M, noised_ids_KBT.flatten(0, 1)
         target_M, weight_M = streams.noised_ids_BT.flatten()[token_M % (rows * noised)], weight_KBT.flatten()[token_M]
         key = (streams.key, views * copies) if streams.key else None
@@ -224,18 +219,22 @@ class Objective:
         first = (begin + lead) // width * width - lead if self.block_size else begin
         return [(start, min(start + width, end)) for start in range(first, end, width)]
 
-    def queries(self, cache: str, *, is_first: bool) -> tuple[float, float]:
-        """What an evaluation computes anew: from where to where, counted in widths from the start of the active stretch.
+    def settled(self, start: int) -> int:
+        """How many positions at the front have final keys that the first evaluation of a stretch from `start` on does not compute."""
+        return max(0, start - self.block_size) if self.block_size else 0
+
+    def queries(self, cache: str, width: int, *, is_first: bool) -> tuple[int | None, int | None]:
+        """What an evaluation computes anew: so many positions before the start of the active stretch, and from there on (None: all).
 
         With blocks, whatever lies before the active one is final and cached: a block's first evaluation commits the block
         before it. With one block every token sees every other, so that all are computed anew; the approximate caches take
         what lies before the stretch (`prefix`) or around it (`dual`) from its first evaluation (Fast-dLLM, arXiv 2505.22618).
         """
         if self.block_size:
-            return (-1 if is_first else 0), 1
+            return (self.block_size if is_first else 0), self.block_size
         if is_first or cache == "exact":
-            return -math.inf, math.inf
-        return 0, (1 if cache == "dual" else math.inf)
+            return None, None
+        return 0, (width if cache == "dual" else None)
 
     def sees_until(self, stop: int, end: int) -> int:
         """How far an active stretch that stops at `stop` sees in a row of length `end`."""

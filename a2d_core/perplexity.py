@@ -118,29 +118,18 @@ def summary(
     nats_B = nats_B.double()
     result: dict[str, float | None] = {"tokens": tokens, "bytes": int(bytes_B.sum())}
     result |= {"nelbo": None, "stderr": None, "perplexity_bound": None, "ar_nll": None}
-    result["nelbo"], result["stderr"] = _ratio(nats_B, torch.full_like(nats_B, tokens / len(nats_B)))
+    result["nelbo"], result["stderr"] = likelihood.ratio(nats_B, torch.full_like(nats_B, tokens / len(nats_B)))
     result["perplexity_bound"] = math.exp(result["nelbo"] or 0)
-    result["bits_per_byte"], result["bits_per_byte_stderr"] = _ratio(nats_B / math.log(2), bytes_B)
+    result["bits_per_byte"], result["bits_per_byte_stderr"] = likelihood.ratio(nats_B / math.log(2), bytes_B)
     for name, other_B in others_B.items():
         result[f"{name}_nelbo"] = None if other_B is None else other_B.double().sum().item() / tokens
     if ar_B is not None:
         each_B = torch.full_like(ar_B, tokens / len(ar_B))
-        result["ar_nll"], result["ar_stderr"] = _ratio(ar_B, each_B)
+        result["ar_nll"], result["ar_stderr"] = likelihood.ratio(ar_B, each_B)
         result["ar_perplexity"] = math.exp(result["ar_nll"] or 0)
-        result["ar_bits_per_byte"], result["ar_bits_per_byte_stderr"] = _ratio(ar_B / math.log(2), bytes_B)
-        result["gap"], result["gap_stderr"] = _ratio(nats_B - ar_B, each_B)
+        result["ar_bits_per_byte"], result["ar_bits_per_byte_stderr"] = likelihood.ratio(ar_B / math.log(2), bytes_B)
+        result["gap"], result["gap_stderr"] = likelihood.ratio(nats_B - ar_B, each_B)
     return result
-
-
-def _ratio(total_B: Tensor, size_B: Tensor) -> tuple[float | None, float | None]:
-    """sum(total) / sum(size), and its standard error over rows (delta method); None where there is no size, or one row."""
-    total_B, size_B = total_B.double(), size_B.double()
-    if size_B.sum() == 0:
-        return None, None
-    ratio = total_B.sum() / size_B.sum()
-    rows = len(total_B)
-    stderr = (total_B - ratio * size_B).std().item() * rows**0.5 / size_B.sum().item() if rows > 1 else None
-    return ratio.item(), stderr
 
 
 def _batches(rows: int, size: int, name: str) -> Iterator[slice]:

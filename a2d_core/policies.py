@@ -1,6 +1,7 @@
 """What the head says of each open position, and which positions to reveal: the small decisions of a sampling step."""
 
-# Shapes: B rows, N open positions of a row, M positions in all, H hidden, V vocabulary, C tokens of a chunk
+# Shapes: B rows, N open positions of a row, M positions in all, H hidden, V vocabulary, C tokens of a chunk,
+#   K most probable tokens, G groups of tokens
 
 from __future__ import annotations
 
@@ -110,7 +111,7 @@ class Reader:
             fade_M = (before_M - state.best).exp()
             share_MC, total_M = shares(logits_MC, best_M, state.best)
             if self.config.policy == "margin":
-                second_M = logits_MC.topk(min(2, logits_MC.shape[1])).values[:, -1]
+                second_M = logits_MC.topk(2).values[:, 1] if logits_MC.shape[1] > 1 else lowest
                 state.second = torch.stack([state.second, second_M, torch.minimum(before_M, best_M)]).amax(0)
             if self.wants_entropy:
                 mean_M = (share_MC * (logits_MC - best_M[:, None])).sum(-1) + best_M - state.best

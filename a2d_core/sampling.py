@@ -6,15 +6,15 @@ together, each at a place of its own; at the end of a stretch, those that are fi
 A row's result depends on the row alone, up to float rounding: also its random draws are keyed by what it is.
 """
 
-# Shapes: R rows, L canvas positions, A positions of the active stretch, N open ones of them, Q queries, H hidden
+# Shapes: R rows, L canvas positions, A positions of the active stretch, N open ones of them, M = R x N, Q queries, H hidden,
+#   W written keys, B rows of a prefill
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,6 +122,7 @@ def stream(
         require(len(prompt) > 0, "a prompt has no tokens: give at least one, such as the beginning-of-sequence token")
         require(mask not in prompt, "a prompt has mask tokens in it: use a2d_core.infill to fill them")
         tokens, may_end = [*prompt, *[mask] * length], len(prompt) + config.min_new_tokens
+        model.require_room(len(tokens), "a prompt with its answer", f"lower sample.max_new_tokens={length} or shorten the prompt")
         stops = (*config.stop, *(stop[row] if stop else ()))
         canvas = lay_out(model, tokens, config, may_end, stop=stops, expected=expected[row] if expected else ())
         canvases.append(replace(canvas, key=keys[row]) if keys else canvas)
@@ -140,14 +141,13 @@ def lay_out(
     """The canvas of a row whose tokens are given, save for the mask tokens; a stop token may come from `may_end` on."""
     objective, mask = model.objective, model.spec.mask_token_id
     objective.check_sampling(config)
-    model.require_room(len(tokens), "a prompt with its answer", f"lower sample.max_new_tokens={tokens.count(mask)} or shorten the prompt")
     begin = tokens.index(mask)
     origin = config.block_origin or model.spec.block_origin
     lead = -begin % (objective.block_size or 1) if origin == "prompt_end" else 0
     stretches = objective.segments(begin, len(tokens), config.block_size, lead)
-    while mask not in tokens[stretches[-1][0] : stretches[-1][1]]:
+    while mask not in tokens[slice(*stretches[-1])]:
         stretches.pop()  # nothing is left to fill
-    widest = objective.block_size or max(tokens[max(0, start) : end].count(mask) for start, end in stretches)
+    widest = objective.block_size or max(tokens[slice(*stretch)].count(mask) for stretch in stretches)
     return Canvas(tokens, begin, lead, stretches, widest, may_end, stop, tuple(expected))
 
 
@@ -177,6 +177,19 @@ class _Row:
         return self.canvas.stretches[self.stretch]
 
 
+class _Numbers(NamedTuple):
+    """What the device is told of a row and its active stretch; by default, of an empty place: one token, and nothing to fill."""
+
+    start: int = 0
+    stop: int = 0
+    end: int = 1
+    may_end: int = 0
+    lead: int = 0
+    least: int = 1
+    """Tokens that an evaluation reveals, if not more."""
+    key: int = -1
+
+
 @dataclass(frozen=True)
 class _View:
     """What one kind of evaluation computes, the same throughout a stretch."""
@@ -187,7 +200,7 @@ class _View:
     masks: Any
     origin_R: Tensor
     """Position of the first query."""
-    target_N: Tensor
+    target_W: Tensor
     """Where the keys are written."""
     seen: tuple[int, int]
 
@@ -205,7 +218,8 @@ class _Stretch:
     """Tokens that an evaluation reveals at least."""
     early_RA: Tensor | None
     """Where the answer may not end yet."""
-    number_R: Tensor
+    key_R: Tensor
+    """What the random draws depend on."""
     bounds: list[int]
     """At most so many positions of a row are open before each evaluation, where only `count_R` are revealed."""
     first: _View
@@ -219,11 +233,12 @@ class _Sampler:
         self.model, self.config, self.objective = model, config, model.objective
         self.mask, self.shift, self.device = model.spec.mask_token_id, int(model.objective.right_shift), model.device
         self.seed, self.is_watched = seed, is_watched
+        self.stop_ids = torch.tensor(model.stop_token_ids, device=self.device)
         self.queue = deque(sorted(enumerate(canvases), key=lambda item: -len(item[1].tokens)))  # the longest first: neighbours are alike
-        rows, self.spare = min(config.batch_size, len(canvases)), self._rounded(max(len(canvas.tokens) for canvas in canvases))
+        rows = min(config.batch_size, len(canvases))
         self.rows: list[_Row | None] = [None] * rows
-        shape, self.stop_ids = (rows, self.spare + 1), torch.tensor(model.stop_token_ids, device=self.device)
-        self.tokens_RL = torch.zeros(shape, dtype=torch.int64, device=self.device)  # the last place is for what lies outside a canvas
+        self.spare = self._rounded(max(len(canvas.tokens) for canvas in canvases))  # the place of what lies outside a canvas
+        self.tokens_RL = torch.zeros(rows, self.spare + 1, dtype=torch.int64, device=self.device)
         self.expected_RL = torch.full_like(self.tokens_RL, -1)
         self.given_RL = torch.ones_like(self.tokens_RL, dtype=torch.bool)
         self.logprob_RL = torch.zeros_like(self.tokens_RL, dtype=torch.promote_types(model.network.dtype, torch.float32))
@@ -250,10 +265,10 @@ class _Sampler:
     def _admit(self) -> bool:
         """Give free places to the next canvases, or close up where there are none; False where nothing is left to do."""
         free = [place for place, row in enumerate(self.rows) if row is None]
-        admitted = free[: len(self.queue)]
-        for place in admitted:
+        admitted: dict[int, _Row] = {}
+        for place in free[: len(self.queue)]:
             number, canvas = self.queue.popleft()
-            self.rows[place] = _Row(number, canvas, list(canvas.tokens), [0.0] * len(canvas.tokens))
+            self.rows[place] = admitted[place] = _Row(number, canvas, list(canvas.tokens), [0.0] * len(canvas.tokens))
         if admitted:
             self._write(admitted)
             self._prefill(admitted)
@@ -261,25 +276,26 @@ class _Sampler:
             self._close_up()
         return any(self.rows)
 
-    def _write(self, places: list[int]) -> None:
+    def _write(self, admitted: dict[int, _Row]) -> None:
         """Copy canvases to the device."""
-        canvases, width = [row.canvas for place in places if (row := self.rows[place])], self.spare + 1
-        lines = [canvas.tokens + [0] * (width - len(canvas.tokens)) for canvas in canvases]
-        expected = [[-1] * canvas.begin + list(canvas.expected)[: len(canvas.tokens) - canvas.begin] for canvas in canvases]
-        index = torch.tensor(places, device=self.device)
-        self.tokens_RL[index] = torch.tensor(lines).to(self.device)
-        self.expected_RL[index] = torch.tensor([line + [-1] * (width - len(line)) for line in expected]).to(self.device)
+
+        def to_device(lines: list[list[int]], padding: int) -> Tensor:
+            return torch.tensor([line + [padding] * (self.spare + 1 - len(line)) for line in lines]).to(self.device)
+
+        canvases = [row.canvas for row in admitted.values()]
+        expected = [[-1] * canvas.begin + list(canvas.expected) for canvas in canvases]
+        index = torch.tensor(list(admitted), device=self.device)
+        self.tokens_RL[index] = to_device([canvas.tokens for canvas in canvases], 0)
+        self.expected_RL[index] = to_device([line[: len(canvas.tokens)] for line, canvas in zip(expected, canvases, strict=True)], -1)
         self.given_RL[index] = self.tokens_RL[index] != self.mask
         self.nfe_R[index] = 0
 
-    def _prefill(self, places: list[int]) -> None:
+    def _prefill(self, admitted: dict[int, _Row]) -> None:
         """Compute the keys of what is final before the first stretch, save for the block that its first evaluation commits."""
-        back = self.objective.queries(self.config.cache, is_first=True)[0]
         buckets: dict[int, list[tuple[int, int, int]]] = {}
-        for place in places if back > -math.inf else ():
-            row = self.rows[place]
-            length = row.active[0] + int(back * (self.objective.block_size or 0)) if row else 0
-            if row and length > 0:
+        for place, row in admitted.items():
+            length = self.objective.settled(row.active[0])
+            if length > 0:
                 buckets.setdefault(-(-length // PREFILL_BUCKET), []).append((place, length, row.canvas.lead))
         for rows in buckets.values():
             place_B, length_B, lead_B = torch.tensor(rows).to(self.device).T
@@ -310,58 +326,49 @@ class _Sampler:
 
     def _begin(self) -> _Stretch:
         """Everything that stays the same while the active stretches are filled."""
-        table: list[tuple[int, ...]] = []
-        opens, asks_early = [], False
-        for row in self.rows:
-            if row is None:  # an empty place: one token, and nothing to fill
-                table.append((0, 0, 1, 0, 0, 1, -1))
-                continue
-            start, stop = row.active
-            count = -(-row.canvas.widest // (self.config.steps_per_block or row.canvas.widest))
-            key = row.number if row.canvas.key is None else row.canvas.key
-            table.append((start, stop, len(row.tokens), row.canvas.may_end, row.canvas.lead, count, key))
-            opens.append((row.tokens[max(0, start) : stop].count(self.mask), count))
-            asks_early |= max(start, row.canvas.begin) < row.canvas.may_end
-        start_R, stop_R, end_R, may_end_R, lead_R, count_R, number_R = torch.tensor(table).to(self.device).T
-        width = self.objective.block_size or max(stop - start for start, stop, *_ in table)
+        table = [self._numbers(row) if row else _Numbers() for row in self.rows]
+        rows = [(row, at) for row, at in zip(self.rows, table, strict=True) if row is not None]
+        opens = [(row.tokens[at.start : at.stop].count(self.mask), at.least) for row, at in rows]
+        asks_early = any(max(at.start, row.canvas.begin) < at.may_end for row, at in rows)
+        start_R, stop_R, end_R, may_end_R, lead_R, count_R, key_R = torch.tensor(table).to(self.device).T
+        width = self.objective.block_size or max(at.stop - at.start for at in table)
         position_RA = start_R[:, None] + torch.arange(width, device=self.device)
-        is_active_RA = (position_RA >= 0) & (position_RA < stop_R[:, None])
+        is_active_RA = position_RA < stop_R[:, None]
         place_RA = torch.where(is_active_RA, position_RA, self.spare)
-        seen = self._rounded(max(self.objective.sees_until(stop, end) for _, stop, end, *_ in table))
-        first, later = (self.objective.queries(self.config.cache, is_first=is_first) for is_first in (True, False))
-        first_view = self._view(table, width, seen, start_R, end_R, lead_R, first)
-        later_view = first_view if later == first else self._view(table, width, seen, start_R, end_R, lead_R, later)
+        seen = self._rounded(max(self.objective.sees_until(at.stop, at.end) for at in table))
+        first, later = (self.objective.queries(self.config.cache, width, is_first=is_first) for is_first in (True, False))
+        first_view = self._view(table, start_R, end_R, lead_R, seen, first)
+        later_view = first_view if later == first else self._view(table, start_R, end_R, lead_R, seen, later)
         return _Stretch(
             position_RA=position_RA,
             place_RA=place_RA,
             was_open_RA=is_active_RA & (self.tokens_RL.gather(1, place_RA) == self.mask),
             count_R=count_R,
             early_RA=position_RA < may_end_R[:, None] if asks_early else None,
-            number_R=number_R,
+            key_R=key_R,
             bounds=[max(left - step * count for left, count in opens) for step in range(max(-(-left // count) for left, count in opens))],
             first=first_view,
             later=later_view,
         )
 
+    def _numbers(self, row: _Row) -> _Numbers:
+        canvas = row.canvas
+        least = -(-canvas.widest // (self.config.steps_per_block or canvas.widest))
+        key = row.number if canvas.key is None else canvas.key
+        return _Numbers(*row.active, len(row.tokens), canvas.may_end, canvas.lead, least, key)
+
     def _view(
-        self,
-        table: list[tuple[int, ...]],
-        width: int,
-        seen: int,
-        start_R: Tensor,
-        end_R: Tensor,
-        lead_R: Tensor,
-        reach: tuple[float, float],
+        self, table: list[_Numbers], start_R: Tensor, end_R: Tensor, lead_R: Tensor, seen: int, reach: tuple[int | None, int | None]
     ) -> _View:
-        """What an evaluation computes: queries in reach of the active stretch, as `Objective.queries` has it, and who sees whom."""
-        back, ahead = reach
-        if back == -math.inf:
+        """What an evaluation computes: queries in `reach` of the active stretch, as `Objective.queries` has it, and who sees whom."""
+        before, ahead = reach
+        if before is None:
             origin_R, queries = torch.zeros_like(start_R), seen
         else:
-            has_before = any(start > 0 for start, *_ in table) or self.config.cuda_graph
-            before = (int(-back * width) if has_before else 0) + self.shift
-            longest = max(end - start for start, _, end, *_ in table)
-            origin_R, queries = start_R - before, before + (int(ahead * width) if ahead < math.inf else self._rounded(longest))
+            has_before = any(at.start > 0 for at in table) or self.config.cuda_graph
+            before = (before if has_before else 0) + self.shift
+            origin_R = start_R - before
+            queries = before + (self._rounded(max(at.end - at.start for at in table)) if ahead is None else ahead)
         position_RQ = origin_R[:, None] + torch.arange(queries, device=self.device)
         is_real_RQ = (position_RQ >= 0) & (position_RQ < end_R[:, None])
         # What lies outside a canvas stands in for its nearest token: it sees something, and nobody sees it.
@@ -370,9 +377,9 @@ class _Sampler:
         key_RL = torch.arange(seen, device=self.device).expand(len(table), -1)
         keys = Slots.clean(key_RL, self.objective.block_of(key_RL, lead_R[:, None]), key_RL < end_R[:, None])
         row_R = torch.arange(len(table), device=self.device)
-        target_N = self.cache.place(position_RQ, is_real_RQ, row_R) if self.cache is not None else row_R
+        target_W = self.cache.place(position_RQ, is_real_RQ, row_R) if self.cache is not None else row_R
         place_RQ = torch.where(is_real_RQ, position_RQ, self.spare)
-        return _View(place_RQ, slots, self.model.masks(slots, keys), origin_R, target_N, (len(table), seen))
+        return _View(place_RQ, slots, self.model.masks(slots, keys), origin_R, target_W, (len(table), seen))
 
     def _fill(self, stretch: _Stretch) -> Iterator[Event]:
         """Evaluate and reveal until nothing is open."""
@@ -413,12 +420,12 @@ class _Sampler:
     def _forward(self, view: _View, ids_RQ: Tensor) -> Tensor:
         names = list(view.masks) if isinstance(view.masks, dict) else []
 
-        def forward(ids_RQ: Tensor, position_RQ: Tensor, target_N: Tensor, *masks: Any) -> Tensor:
+        def forward(ids_RQ: Tensor, position_RQ: Tensor, target_W: Tensor, *masks: Any) -> Tensor:
             slots = Slots.clean(position_RQ, position_RQ)  # where the masks are given, only positions are read
-            cache = self.cache.write(target_N, view.seen) if self.cache is not None else None
+            cache = self.cache.write(target_W, view.seen) if self.cache is not None else None
             return self.model.hidden(ids_RQ, slots, cache=cache, masks=dict(zip(names, masks, strict=True)) if names else masks[0])
 
-        inputs = ids_RQ, view.slots.position, view.target_N, *(view.masks.values() if names else [view.masks])
+        inputs = ids_RQ, view.slots.position, view.target_W, *(view.masks.values() if names else [view.masks])
         return self.graphs(forward, *inputs) if self.graphs else forward(*inputs)
 
     def _step(self, stretch: _Stretch, view: _View, hidden: list[tuple[float, Tensor]], is_open_RA: Tensor, most: int) -> Iterator[Event]:
@@ -428,7 +435,7 @@ class _Sampler:
         query_RN = (position_RN - self.shift - view.origin_R[:, None]).clamp(0, hidden[0][1].shape[1] - 1)
         read = [(weight, x.gather(1, query_RN[:, :, None].expand(-1, -1, x.shape[-1])).flatten(0, 1)) for weight, x in hidden]
         early_M = None if stretch.early_RA is None else stretch.early_RA.gather(1, column_RN).flatten()
-        keys = [x[:, None].expand_as(position_RN) for x in (stretch.number_R, self.nfe_R)] + [position_RN]
+        keys = [x[:, None].expand_as(position_RN) for x in (stretch.key_R, self.nfe_R)] + [position_RN]
         proposal = self.reader.read(read, early_M, tuple(key.flatten() for key in keys)).reshape(*position_RN.shape)
         score_RN = policies.score(self.config.policy, proposal, lambda: hashed_uniform(self.seed, 2, *keys))
 
@@ -476,7 +483,7 @@ class _Sampler:
             if row is None:
                 continue
             start, stop = row.active
-            for position in range(max(0, start), stop):
+            for position in range(start, stop):
                 if row.tokens[position] == self.mask:
                     row.tokens[position], row.logprobs[position] = tokens[at][position - start], logprobs[at][position - start]
             row.stretch += 1

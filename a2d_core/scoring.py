@@ -4,7 +4,7 @@ The noise of an answer depends on the seed, its question and the round alone, an
 Neither it nor the number of draws depends on what else is scored, on the size of a batch, or on the number of processes.
 """
 
-# Shapes: K samples, A answers
+# Shapes: K samples, A answers, B answers of a batch
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import resource
 import sys
@@ -233,7 +232,7 @@ class DiffusionTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """The NELBO of the held-out rows in nats per token, with its standard error over rows, and the perplexity bound.
+        """The NELBO of the held-out rows in nats per token, with its standard error over rows (but for one), and the perplexity bound.
 
         `nelbo_answer` leaves out the fill behind the end of an answer, where rows are filled.
         """
@@ -247,12 +246,12 @@ class DiffusionTrainer(Trainer):
             parts = estimate.nats_B, estimate.tokens_B, (estimate.nats_BT * answer_BT).sum(1), answer_BT.sum(1)
             gathered.append(self.accelerator.gather_for_metrics(torch.stack(parts, dim=1)).double().cpu())
         nats_R, tokens_R, answer_nats_R, answer_tokens_R = torch.cat(gathered).unbind(1)
-        nelbo = nats_R.sum() / tokens_R.sum()
-        stderr = (nats_R - nelbo * tokens_R).std() * math.sqrt(len(nats_R)) / tokens_R.sum()  # of a ratio of sums
-        metrics = {"nelbo": float(nelbo), "nelbo_stderr": float(stderr), "perplexity_bound": float(nelbo.exp())}
+        nelbo, stderr = likelihood.ratio(nats_R, tokens_R)
+        assert nelbo is not None, "a row without tokens to score is left out where rows are made"
+        found = {"nelbo": nelbo, "nelbo_stderr": stderr, "perplexity_bound": torch.tensor(nelbo, dtype=torch.float64).exp().item()}
         if self.fill:
-            metrics["nelbo_answer"] = float(answer_nats_R.sum() / answer_tokens_R.sum())
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+            found["nelbo_answer"], _ = likelihood.ratio(answer_nats_R, answer_tokens_R)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items() if value is not None}
         self.log(dict(metrics))
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.clock, self.tokens_seen = time.perf_counter(), 0  # evaluation is no training time
@@ -450,7 +449,8 @@ class MetricsFile(TrainerCallback):
             line += f"{row['step'] / row['max_steps']:4.0%}  loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s  "
             line += f"{elapsed} elapsed, {left} left"
         elif "eval_nelbo" in row:
-            line += f"held-out NELBO {row['eval_nelbo']:.4f} ± {row['eval_nelbo_stderr']:.4f} nats per token"
+            error = f" ± {row['eval_nelbo_stderr']:.4f}" if "eval_nelbo_stderr" in row else ""  # of one row there is none
+            line += f"held-out NELBO {row['eval_nelbo']:.4f}{error} nats per token"
         else:
             line += f"trained in {timedelta(seconds=round(seconds))}, mean loss {row['train_loss']:.4f}"
         if line != self.said:

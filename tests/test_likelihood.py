@@ -81,6 +81,15 @@ def test_rows_of_different_lengths_do_not_disturb_each_other(objective: str) -> 
     assert torch.allclose(together, torch.cat(alone), atol=1e-3)
 
 
+@pytest.mark.parametrize("order", likelihood.ORDERS)
+def test_a_network_whose_output_is_no_number_scores_none(order: str) -> None:
+    model = diffusion_model("bd3lm")
+    with torch.no_grad():
+        model.network.model.norm.weight.fill_(torch.nan)
+    streams = model.objective.streams(torch.full((2, 6), 5), torch.ones(2, 6, dtype=torch.long))
+    assert likelihood.exact(model, streams, order=order).nats_B.isnan().all()
+
+
 def test_an_unknown_order_is_refused() -> None:
     model = diffusion_model("bd3lm")
     streams = model.objective.streams(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long))

@@ -166,6 +166,17 @@ def test_an_existing_mask_token_is_used_and_no_row_is_added(source: Path, tmp_pa
     assert model.network.get_input_embeddings().weight.shape[0] == len(tokenizer)
 
 
+def test_the_row_of_an_existing_mask_token_is_kept_where_others_are_added(source: Path, tmp_path: Path) -> None:
+    tokenizer = embedded.build_tokenizer()
+    tokenizer.mask_token = "~"
+    tokenizer.add_tokens("<|tool|>")  # the weights have no row for it
+    tokenizer.save_pretrained(source)
+    before = transformers.AutoModelForCausalLM.from_pretrained(source).get_input_embeddings().weight
+    model = conversion.convert(ConvertConfig(), "mdlm", source, tmp_path / "out")
+    after = model.network.get_input_embeddings().weight
+    assert len(after) == len(before) + 1 and torch.equal(after[: len(before)], before)
+
+
 def test_a_new_mask_row_has_the_norm_of_the_others_and_is_no_tokens_double(source: Path, tmp_path: Path) -> None:
     model = conversion.convert(ConvertConfig(), "mdlm", source, tmp_path / "out")
     rows = model.network.get_input_embeddings().weight

@@ -52,6 +52,14 @@ def test_per_sequence_draws_share_t_over_blocks_and_iid_draws_do_not() -> None:
     assert (apart[:, :, 0] != apart[:, :, 1]).all()
 
 
+@pytest.mark.parametrize("method", ["stratified", "iid", "per_sequence"])
+def test_whether_a_token_is_masked_does_not_depend_on_the_time_of_another_block(method: str) -> None:
+    t_KBN = noise.draw_t(method, 0, 3, torch.arange(2000), total_rows=2000, blocks=6, views=1, t_min=0.0, t_max=1.0)
+    for shift in range(-5, 6):  # each token at the chance of some other block
+        is_masked = noise.draw_mask(0, 3, torch.arange(2000), t_KBN.roll(shift, 2), torch.ones(2000, 6, dtype=torch.bool))
+        assert (is_masked.float().mean((0, 1)) - 0.5).abs().max() < 0.05
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_weight_is_minus_the_slope_of_alpha_over_the_chance_of_a_mask(schedule: str) -> None:
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64, requires_grad=True)

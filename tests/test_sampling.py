@@ -370,6 +370,18 @@ def test_draws_follow_the_softmax_though_the_vocabulary_is_read_in_chunks(more: 
     assert float((share - expected).abs().sum()) < 0.05
 
 
+@pytest.mark.parametrize("width", [1, 33])
+def test_the_margin_does_not_depend_on_the_chunks_in_which_the_vocabulary_is_read(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, hidden = diffusion_model("mdlm").requires_grad_(False), torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
+    model.spec = replace(model.spec, mask_token_id=0)  # so that the last chunk, of one token, may have the best
+    keys = (torch.arange(200),)
+    whole = policies.Reader(model, replace(CONFIG, policy="margin"), seed=0).read([(1.0, hidden)], None, keys)
+    monkeypatch.setitem(policies.CHUNK, "cpu", width)
+    found = policies.Reader(model, replace(CONFIG, policy="margin"), seed=0).read([(1.0, hidden)], None, keys)
+    assert (whole.token == len(model.output_embedding()[0]) - 1).any() and torch.equal(found.token, whole.token)
+    assert torch.allclose(found.margin, whole.margin, atol=1e-5)
+
+
 def test_a_confident_position_goes_before_any_budget_and_a_large_budget_takes_all() -> None:
     score, entropy, is_open = (
         torch.tensor([[3.0, 1.0, 2.0, 9.0]]),

@@ -161,6 +161,15 @@ def test_evaluation_reports_the_nelbo_with_and_without_the_fill(tmp_path: Path) 
     assert metrics["eval_perplexity_bound"] == pytest.approx(2.718281828 ** metrics["eval_nelbo"], rel=1e-4)
 
 
+def test_the_standard_error_of_one_held_out_row_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = byte_model()
+    collate = DiffusionCollator(model.objective, model.eos_token_id)
+    metrics = trainer.fit(model, CONFIG, text_rows(), text_rows(1), collate, tmp_path, stage="pretrain")
+    assert metrics["eval_nelbo"] > 0 and "eval_nelbo_stderr" not in metrics
+    assert f"held-out NELBO {metrics['eval_nelbo']:.4f} nats per token" in capsys.readouterr().out
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
     model = byte_model()
     with torch.no_grad():

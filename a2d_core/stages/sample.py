@@ -119,8 +119,7 @@ def _infilled(
         seconds = (time.perf_counter() - started) / len(batch)
         for index, filled in zip(batch, found, strict=True):
             if index not in done:
-                new = sum(len(model.tokenizer(gap, add_special_tokens=False)["input_ids"]) for gap in filled.gaps)
-                yield index, {**_answer(filled.text, new, filled.nfe, seconds, True), "gaps": filled.gaps}
+                yield index, {**_answer(filled.text, filled.new_tokens, filled.nfe, seconds, True), "gaps": filled.gaps}
 
 
 def _answer(text: str, tokens: int, nfe: int, seconds: float, finished: bool) -> Row:
