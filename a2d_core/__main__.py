@@ -123,9 +123,8 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--processes", type=int, metavar="N", help="processes on this machine, one per GPU (default: the preset's)")
     evaluate.add_argument("--source", metavar="DIR", help="the autoregressive model, for its own loss on the same text")
 
-    export = _add(group, "export", "write a checkpoint in the published A2D format", commands.export)
+    export = _add(group, "export", "write a checkpoint in the published A2D format (a2d-qwen2, a2d-qwen3, a2d-llama)", commands.export)
     _model(export)
-    export.add_argument("--format", choices=("a2d",), default="a2d", help="a2d: model types a2d-qwen2, a2d-qwen3 and a2d-llama (default)")
     _output(export)
 
     merge = _add(group, "merge", "merge LoRA adapters into the model they were trained on", commands.merge)

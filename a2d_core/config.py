@@ -30,6 +30,13 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _require_at_least(least: int, config: Any, *names: str, prefix: str = "") -> None:
+    """Raise `UserError` where one of these fields is set, and lower than `least`."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value >= least, f"{prefix}{name} must be at least {least}, not {value}")
+
+
 def check_objective(objective: str) -> str:
     """Return `objective`, or raise `UserError` where it is not one of `OBJECTIVES`."""
     require(objective in OBJECTIVES, f"unknown objective '{objective}': choose one of {', '.join(OBJECTIVES)}")
@@ -67,7 +74,7 @@ class ConvertConfig:
     """Read weights that are pickles, which can run code, where there are none in safetensors."""
 
     def __post_init__(self) -> None:
-        require(self.block_size >= 1, f"convert.block_size must be at least 1, not {self.block_size}")
+        _require_at_least(1, self, "block_size", prefix="convert.")
         require(bool(self.mask_token), "convert.mask_token must not be empty: give the token's text, such as <|mask|>")
 
 
@@ -224,11 +231,10 @@ class TrainConfig:
     """Optimizer steps between two logged losses."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_length", "batch_size", "gradient_accumulation_steps", "views", "keep_checkpoints", "log_every", "max_eval_rows",
-            "shuffle_buffer", "num_workers",
-        ):  # fmt: skip
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        _require_at_least(1, self, "batch_size", "gradient_accumulation_steps", "views", "max_eval_rows", "shuffle_buffer", "num_workers")
+        _require_at_least(1, self, "keep_checkpoints", "log_every")
+        _require_at_least(2, self, "max_length")
+        _require_at_least(0, self, "weight_decay")
         parse_sources(self.dataset)
         require(
             not self.streaming or self.max_steps >= 1,
@@ -237,12 +243,10 @@ class TrainConfig:
         require(
             not (self.streaming and self.group_by_length), "group_by_length=true needs to know all rows: leave it out with streaming=true"
         )
-        require(self.max_length >= 2, f"max_length must be at least 2, not {self.max_length}")
         require(self.max_steps == -1 or self.max_steps >= 1, f"max_steps must be -1 (use epochs) or at least 1, not {self.max_steps}")
-        require(self.epochs > 0, f"epochs must be above 0, not {self.epochs}")
-        require(self.learning_rate > 0, f"learning_rate must be above 0, not {self.learning_rate}")
         require(self.explode_factor >= 0, f"explode_factor must be 0 (let every finite norm pass) or above, not {self.explode_factor}")
-        require(0 <= self.warmup_ratio < 1, f"warmup_ratio must lie in [0, 1), not {self.warmup_ratio}")
+        for name in ("warmup_ratio", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), not {getattr(self, name)}")
         require(0 < self.eval_fraction < 1, f"eval_fraction must lie in (0, 1), not {self.eval_fraction}")
         require(0 < self.t_min < self.t_max <= 1, f"0 < t_min < t_max <= 1 must hold, not t_min={self.t_min}, t_max={self.t_max}")
         require(
@@ -252,7 +256,7 @@ class TrainConfig:
         )
         require(self.lora_rank >= 0, f"lora_rank must be 0 (train all weights) or more, not {self.lora_rank}")
         require(self.lora_rank > 0 or not self.lora_targets, "lora_targets needs LoRA adapters: set lora_rank to 16, say")
-        for name in ("eval_every", "save_every", "lora_alpha"):
+        for name in ("epochs", "learning_rate", "max_grad_norm", "eval_every", "save_every", "lora_alpha"):
             require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
         require(
             (self.prompt_field is None) == (self.response_field is None),
@@ -308,14 +312,9 @@ class SampleConfig:
     """Pad to static shapes, and on CUDA replay each evaluation as a CUDA graph: faster where launching kernels is what takes time."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("steps_per_block", "block_size", "top_k"):
-            require(getattr(self, name) is None or getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("temperature", "guidance", "min_new_tokens"):
-            require(getattr(self, name) >= 0, f"{name} must be 0 or more, not {getattr(self, name)}")
+        _require_at_least(1, self, "max_new_tokens", "batch_size", "steps_per_block", "block_size", "top_k")
+        _require_at_least(0, self, "temperature", "guidance", "min_new_tokens", "entropy_budget")
         require(self.threshold is None or 0 < self.threshold <= 1, f"threshold must lie in (0, 1], not {self.threshold}")
-        require(self.entropy_budget is None or self.entropy_budget >= 0, f"entropy_budget must be 0 or more, not {self.entropy_budget}")
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
         require(0 <= self.remasking < 1, f"remasking must lie in [0, 1), not {self.remasking}")
         require("" not in self.stop, "stop must not hold an empty text: it would end every answer at once")
@@ -395,11 +394,10 @@ class EvaluateConfig:
     """What stands around such a program: Linux namespaces and limits, or, inside a container made for it, limits alone."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "batch_tokens", "text_rows", "nelbo_samples", "max_nelbo_samples"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        require(self.text_length >= 2, f"text_length must be at least 2, not {self.text_length}")
+        _require_at_least(1, self, "batch_size", "batch_tokens", "text_rows", "nelbo_samples", "max_nelbo_samples", "limit")
+        _require_at_least(0, self, "num_fewshot")
+        _require_at_least(2, self, "text_length")
         require(0 < self.text_fraction < 1, f"text_fraction must lie in (0, 1), not {self.text_fraction}")
-        require(self.limit is None or self.limit >= 1, f"limit must be at least 1, not {self.limit}")
         if self.text_dataset is not None:
             parse_sources(self.text_dataset)
 
@@ -495,10 +493,8 @@ class StepCompute:
     """Time limit of the step."""
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "meeting_minutes", "cpu", "memory_mb", "processes", "timeout_minutes"):
-            require(getattr(self, name) >= 1, f"compute {name} must be at least 1, not {getattr(self, name)}")
-        for name in ("gpu", "retries", "minutes_between_retries"):
-            require(getattr(self, name) >= 0, f"compute {name} must be 0 or more, not {getattr(self, name)}")
+        _require_at_least(1, self, "nodes", "meeting_minutes", "cpu", "memory_mb", "processes", "timeout_minutes", prefix="compute ")
+        _require_at_least(0, self, "gpu", "retries", "minutes_between_retries", prefix="compute ")
         require(
             self.gpu == 0 or self.processes <= self.gpu,
             f"compute asks for {self.processes} processes on {self.gpu} GPUs: give each process a GPU of its own",
@@ -566,6 +562,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_objective(self.objective)
+        _require_at_least(0, self, "seed")
         require(
             not (self.objective == "bd3lm" and self.convert.right_shift),
             "convert.right_shift=true does not fit bd3lm: a block's first token would be read from a noised block in "

@@ -91,7 +91,7 @@ def main() -> None:
     )
     for row in rows:
         print(f"{row['objective']:<10}{row['steps']:>7}{row['ar_nll']:>21.3f}{row['ar']:>11.3f}{row['random']:>15.3f}")
-    shared.keep(options.output_dir, [*rows, *curves], plot(curves) if options.output_dir else None)
+    shared.keep(options.output_dir, [*rows, *curves], plot(curves))
     print(json.dumps({"ratios": {f"random_over_ar_{row['objective']}": round(row["random"] / row["ar"], 3) for row in rows}}))
 
 

@@ -102,7 +102,7 @@ def main() -> None:
             share = 0.25 if options.quick else 1.0
             checkpoint = options.model or shared.train_tiny(objective, Path(folder), share)
             found[objective] = sweep(objective, checkpoint, 40 if options.quick else None)
-    shared.keep(options.output_dir, [row for rows in found.values() for row in rows], plot(found) if options.output_dir else None)
+    shared.keep(options.output_dir, [row for rows in found.values() for row in rows], plot(found))
     print()
     for objective, rows in found.items():
         best = fastest(rows)

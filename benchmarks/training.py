@@ -253,7 +253,7 @@ def main() -> None:
             print(f"{cell['rows']:<7}{cell['vocabulary']:>11,}{cell['length']:>8}{cell['precision']:>11}  {method:<7}{numbers['tokens_s']:>10,.0f}{numbers['supervised_s']:>14,.0f}{numbers['mib']:>10,.0f}{mfu:>7}", flush=True)  # fmt: skip  # noqa: E501
         ratio = found["ours"]["supervised_s"] / found["plain"]["supervised_s"], found["ours"]["mib"] / found["plain"]["mib"]
         ratios.setdefault((cell["rows"], cell["vocabulary"]), []).append(ratio)
-    shared.keep(options.output_dir, measured, plot(measured) if options.output_dir else None)
+    shared.keep(options.output_dir, measured, plot(measured))
     sft = {vocabulary: found for (rows, vocabulary), found in ratios.items() if rows == "sft"}
     result = {f"supervised_tokens_v{vocabulary}": min(speed for speed, _ in found) for vocabulary, found in sft.items()}
     result["activation_memory_v151936"] = max(memory for _, memory in sft[151936])

@@ -124,8 +124,7 @@ def main() -> None:
     print("\nt           " + "".join(f"{i / 10:>4.1f}-{(i + 1) / 10:.1f}" for i in range(10)))
     means = [ce[(t >= i / 10) & (t < (i + 1) / 10)].mean() for i in range(10)]
     print("nats        " + "".join(f"{mean:>8.3f}" for mean in means))
-    if options.output_dir:
-        shared.keep(options.output_dir, [{"t": (i + 0.5) / 10, "nats": float(mean)} for i, mean in enumerate(means)], plot(means))
+    shared.keep(options.output_dir, [{"t": (i + 0.5) / 10, "nats": float(mean)} for i, mean in enumerate(means)], plot(means))
     default = found["stratified (default)"]
     print(
         json.dumps({"ratios": {"loss_variance_b32_l512": round(default[0][0], 2), "gradient_variance_b32_l512": round(default[1][0], 2)}})

@@ -46,12 +46,14 @@ against one of another. No GPU has measured anything yet: `benchmarks/training.p
 
 def machine() -> str:
     """The processor and its cores, the system, and the versions that matter."""
-    about = Path("/proc/cpuinfo").read_text()
-    model = next(line.partition(":")[2].strip() for line in about.splitlines() if line.startswith("model name"))
+    info = Path("/proc/cpuinfo")  # which macOS does not have
+    about = info.read_text() if info.exists() else ""
+    model = next((line.partition(":")[2].strip() for line in about.splitlines() if line.startswith("model name")), platform.processor())
     flags = ", AVX-512 BF16" if "avx512_bf16" in about else ""
-    versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", "transformers"))
+    libraries = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", "transformers"))
+    versions = f"{platform.system()}, Python {platform.python_version()}, {libraries}"
     threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
-    return f"{os.cpu_count()} cores ({model}{flags}; threads: {threads}), Linux, Python {platform.python_version()}, {versions}"
+    return f"{os.cpu_count()} cores ({model}{flags}; threads: {threads}), {versions}"
 
 
 def part(name: str, output: str, minutes: float, has_plot: bool, options: list[str]) -> str:
