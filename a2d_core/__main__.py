@@ -20,16 +20,19 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from a2d_core import commands, launch, tracking
 from a2d_core.config import OBJECTIVES, Recipe, StoppedError, UserError
-from a2d_core.settings import describe
+from a2d_core.settings import describe, meant
 from a2d_core.stages import checks
+
+RESUMES = ("pretrain", "sft", "sample")
+"""Commands that continue where they were stopped."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0; 2 for the user's mistakes, 143 after SIGTERM, 1 for what else failed and is explained."""
+    """Run one command; return the exit code: 0, 2 for the user's mistakes, 130 after Ctrl-C, 143 after SIGTERM, 1 for other errors."""
     args = parser().parse_args(arguments)
     tracking.quiet()
     launch.calm_threads()
@@ -43,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StoppedError as error:
         print(error, file=sys.stderr)
         return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        remedy = ": the same command with --resume continues" if vars(args).get("command") in RESUMES else ""
+        print(f"\nstopped{remedy}", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (checks.MemoryFullError, launch.WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -52,9 +59,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # --- what each command takes ----------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that tells a mistake in one line, and which option was probably meant."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Refuse a misspelt option before it is taken for a missing one."""
+        options = list(self._option_string_actions)
+        for word in args or () if self._subparsers is None and self.prefix_chars == "-" else ():
+            name = word.partition("=")[0]
+            is_option = name.startswith("--") and " " not in word
+            if is_option and not any(option.startswith(name) for option in options):
+                self.error(f"unknown option '{name}': {meant(name, options)}")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    top = argparse.ArgumentParser(prog="python -m a2d_core", description="Turn an autoregressive language model into a diffusion one.")
+    top = _Parser(prog="python -m a2d_core", description="Turn an autoregressive language model into a diffusion one.")
     group = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     convert = _command(group, "convert", "make a diffusion checkpoint of an autoregressive model", commands.convert)

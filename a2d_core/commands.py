@@ -110,7 +110,7 @@ def sample(args: argparse.Namespace) -> None:
     require(output.suffix == ".jsonl", f"--output {output}: give a file with the ending .jsonl, or a directory with --output-dir")
     require(
         args.resume or args.overwrite or not output.exists(),
-        f"'{output}' is there already: go on from it with --resume, replace it with --overwrite, or choose another",
+        f"'{output}' exists already: continue it with --resume, replace it with --overwrite, or choose another",
     )
     with _work(args, recipe, inputs=(args.model, args.prompts)):
         from a2d_core.stages import sample as stage
@@ -238,8 +238,7 @@ def _tell_evaluation(result: dict[str, Any], output_dir: Path) -> None:
 def list_suites(args: argparse.Namespace) -> None:
     """List the suites, or the entries of one."""
     if not args.name:
-        for name in suites.names():
-            print(f"{name:<12} {textwrap.fill(suites.read(name, 'bd3lm').summary, 100, subsequent_indent=' ' * 13)}")
+        _list({name: suites.read(name, args.objective).summary for name in suites.names()})
         return
     for entry in suites.read(args.name, args.objective).entries:
         published = "" if entry.published is None else f"  published {entry.published:.3f}"
@@ -299,7 +298,10 @@ def registry(args: argparse.Namespace) -> None:
     from a2d_core import review
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    tracking.check_server(tracking.default_uri(TrackingConfig(uri=args.mlflow)))
+    uri = tracking.default_uri(TrackingConfig(uri=args.mlflow))
+    there = not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file()  # MLflow would make a new one
+    require(there, f"there is no MLflow database {uri}: name the server or the database with --mlflow URI or MLFLOW_TRACKING_URI")
+    tracking.check_server(uri)
     if args.verb == "review":
         found = review.build(models.read(args.name, args.version), models.champion(args.name))
         print(json.dumps(found, indent=2) if args.json else review.text(found))
@@ -313,8 +315,7 @@ def registry(args: argparse.Namespace) -> None:
 
 def list_presets(args: argparse.Namespace) -> None:
     """List the presets."""
-    for name in presets.names():
-        print(f"{name:<18} {textwrap.fill(presets.summary(name), 100, subsequent_indent=' ' * 19)}")
+    _list({name: presets.summary(name) for name in presets.names()})
 
 
 # --- what they share ------------------------------------------------------------------------------
@@ -395,6 +396,13 @@ def _work(args: argparse.Namespace, recipe: Recipe, inputs: tuple[str | Path | N
         with tracking.stage_run(parent, stage, params=to_dict(getattr(recipe, stage))):
             yield output_dir
         tracking.finish(parent)
+
+
+def _list(meanings: dict[str, str]) -> None:
+    """Print names, and what each means beside them."""
+    width = max(map(len, meanings)) + 2
+    for name, meaning in meanings.items():
+        print(textwrap.fill(meaning, 120, initial_indent=f"{name:<{width}}", subsequent_indent=" " * width, break_on_hyphens=False))
 
 
 def _tell(result: dict[str, Any]) -> None:
