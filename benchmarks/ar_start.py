@@ -2,8 +2,8 @@
 
     python benchmarks/ar_start.py [--quick] [--seeds N]
 
-Both starts have the architecture, data, budget and noise of the preset `tiny`. Scored are the same held-out
-tokens, the first of each row given, over the full range of t; the AR model's own loss stands beside them.
+Both starts have the architecture, data, budget and noise of the preset `tiny`. Both are scored on the same held-out tokens (the
+first of each row is given), over the full range of t. The AR model's own loss on these tokens is shown beside them.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
     python benchmarks/training.py [--quick]
     python benchmarks/training.py --gpu       # the shape of Qwen3-0.6B in bfloat16 on CUDA, with the MFU
 
-The plain method is what a reader of the papers writes first: for each view one forward over [x_t | x_0] with every
+The plain method is what a reader of the papers would write first: for each view one forward pass over [x_t | x_0] with every
 block noised, logits [B, L, V] for the whole noised half, and cross-entropy over all of it. Ours shares the clean stream
-between the views, noises only blocks that can be scored, and runs the head at masked positions. Speeds are
-measured with both methods in turn in one process, memory in a process for each; supervised means masked, scored positions.
-Memory is the peak of resident (or CUDA) memory in a step, above what the weights and their gradients take. The MFU is what a
-method's own matrix products need (6 FLOPs a weight and position, attention for the pairs that see each other), per second,
-over the speed of a large bfloat16 matrix product measured in the same run.
+between the views, noises only blocks that can be scored, and runs the head only at masked positions. "Supervised" tokens are
+those that are masked and scored. Speeds are measured with both methods in turn in one process, memory in a separate process
+for each. Memory is the peak of resident (or CUDA) memory in a step, beyond the weights and their gradients. The MFU (model
+FLOPs utilisation) is what a method's own matrix products need (6 FLOPs per weight and position, and attention for the pairs
+that see each other), per second, divided by the speed of a large bfloat16 matrix product measured in the same run.
 """
 
 from __future__ import annotations

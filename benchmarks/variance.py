@@ -1,11 +1,11 @@
-"""How much the noise of training shakes the loss and its gradient, for each way of drawing diffusion times.
+"""How much the noise of training disturbs the loss and its gradient, for each way of drawing diffusion times.
 
     python benchmarks/variance.py [--quick] [--checkpoint DIR]
 
-Frozen weights: the preset `tiny`, pretrained with bd3lm (or a checkpoint of yours), read with blocks of 32 in rows of 512
-tokens of held-out text. Every method scores the same rows again and again, with fresh noise. Compared are the variances
-of the loss (nats per token) and of its gradient (summed over all weights, through a random sketch of 4,096 numbers), with
-95% bootstrap intervals; two views are held against two views. Below it stands how the cross-entropy falls with t.
+The weights are frozen: those of the preset `tiny`, pretrained with bd3lm (or a checkpoint of yours), with blocks of 32 in rows
+of 512 tokens of held-out text. Every method scores the same rows again and again, with fresh noise. The table compares the
+variances of the loss (nats per token) and of its gradient (summed over all weights, through a random sketch of 4,096 numbers),
+with 95% bootstrap intervals; methods with two views are compared with two plain views. Below it is the cross-entropy at each t.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def ratio(base_DX: torch.Tensor, other_DX: torch.Tensor, resamples: int = 1000) 
 
 
 def plot(means: list[torch.Tensor]) -> Any:
-    """How the cross-entropy falls with t."""
+    """The cross-entropy at each t."""
     figure, (axes,) = shared.figure(5, 3.2)
     axes.plot([(i + 0.5) / 10 for i in range(10)], means, marker="o", markersize=4)
     axes.set_xlabel("diffusion time t: the share of tokens that are masked")

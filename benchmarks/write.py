@@ -2,8 +2,8 @@
 
     python benchmarks/write.py [NAME ...] [--quick]
 
-Without names all are run, which takes hours; leave the machine alone meanwhile. A part has the benchmark's own words, the machine,
-date and versions, its table and its plot. Parts of benchmarks that are not named stay as they are.
+Without names all are run, which takes hours; leave the machine alone meanwhile. Each part of the page has the benchmark's own
+description, the machine, date and versions, its table and its plot. Parts of benchmarks that are not named stay as they are.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ AIMS = {
 }
 HEAD = """# Benchmarks
 
-Written by `make benchmark`. Every ratio compares what was measured in one run on one machine; a number of one part cannot be held
-against one of another. No GPU has measured anything yet: `benchmarks/training.py --gpu` has the mode for it.
+This page is written by `make benchmark`. Every ratio compares numbers that were measured in one run on one machine; do not compare
+numbers of different parts. Nothing has been measured on a GPU yet: `benchmarks/training.py --gpu` has the mode for it.
 """
 
 
