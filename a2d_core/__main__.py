@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     """A parser that tells a mistake in one line, and which option was probably meant."""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse a misspelt option before it is taken for a missing one."""
         options = list(self._option_string_actions)
         for word in args or () if self._subparsers is None and self.prefix_chars == "-" else ():
