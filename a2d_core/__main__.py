@@ -50,6 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remedy = ": the same command with --resume continues" if vars(args).get("command") in RESUMES else ""
         print(f"\nstopped{remedy}", file=sys.stderr)
         return 128 + signal.SIGINT
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("a2d_core"):
+            raise
+        print(f"error: {error}: install requirements.txt, or activate its environment: source .venv/bin/activate", file=sys.stderr)
+        return 1
     except (checks.MemoryFullError, launch.WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -71,8 +71,11 @@ def train(args: argparse.Namespace) -> None:
         else nullcontext(Path(args.output_dir))
     )
     with work as output_dir:
+        from transformers.utils import logging
+
         from a2d_core.stages import pretrain, sft
 
+        logging.disable_progress_bar()  # one for each checkpoint that is written
         follower = Follower(output_dir, log=tracking.MetricLog()) if is_main and args.mlflow is not None else None
         with follower or nullcontext():
             result = {"pretrain": pretrain.run, "sft": sft.run}[stage](
@@ -93,7 +96,8 @@ def train(args: argparse.Namespace) -> None:
             f"'{output_dir}/metrics.jsonl'; start MLflow again, and the same command with --resume sends them without training again",
         )
     _tell(result)
-    print(f"\nthe checkpoint is {output_dir}/checkpoint-final: try it with  python -m a2d_core chat --model {output_dir}/checkpoint-final")
+    final, command = f"{output_dir}/checkpoint-final", "chat" if stage == "sft" else "chat --raw"
+    print(f"\nthe checkpoint is {final}: try it with  python -m a2d_core {command} --model {final}")
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -131,7 +135,7 @@ def sample(args: argparse.Namespace) -> None:
     for row in result["samples"][:SHOWN]:
         print(stage.text(row), f"  {row['answer']}", sep="\n")
         print(f"  ({row['tokens']} tokens, {row['nfe']} evaluations, {row['seconds']:.2f} s)\n")
-    print(f"{result['answered']} prompts answered, {result['skipped']} skipped: all of it is in {output}")
+    print(f"{result['answered']} prompts answered, {result['skipped']} skipped: the answers are in {output}")
     if args.animate:
         print(f"the replay is {args.animate}: open it in a browser")
 
@@ -232,7 +236,7 @@ def _tell_evaluation(result: dict[str, Any], output_dir: Path) -> None:
         print(f"{row['sampler']:<24} {row['task']:<24} {row['value']:.3f} ± {row['stderr'] or 0:.3f}  {pace}")
     if result["text"]:
         _tell(result["text"])
-    print(f"\nall of it is in {output_dir}/results.json, and to look at in {output_dir}/report.html")
+    print(f"\nthe results are in {output_dir}/results.json; {output_dir}/report.html shows them")
 
 
 def list_suites(args: argparse.Namespace) -> None:
@@ -406,6 +410,7 @@ def _list(meanings: dict[str, str]) -> None:
 
 
 def _tell(result: dict[str, Any]) -> None:
-    width = max(map(len, result), default=0)
-    for name, value in result.items():
+    known = {name: value for name, value in result.items() if value is not None}
+    width = max(map(len, known), default=0)
+    for name, value in known.items():
         print(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")

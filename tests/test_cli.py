@@ -224,6 +224,18 @@ def test_ctrl_c_ends_with_a_word_instead_of_a_traceback(run, checkpoint, tmp_pat
     assert run(*sft_command) == (130, "", "\nstopped: the same command with --resume continues\n")
 
 
+def test_a_missing_package_is_told_with_the_way_to_it(run, tmp_path, monkeypatch):
+    from a2d_core.stages import convert
+
+    def without_torch(*_, **__):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(convert, "run", without_torch)
+    code, _, err = run("convert", "--output-dir", tmp_path / "out")
+    assert code == 1
+    assert err.startswith("error: No module named 'torch': install requirements.txt, or activate its environment")
+
+
 # --- for real ----------------------------------------------------------------------------------------
 
 
