@@ -4,7 +4,7 @@
     python -m a2d_core sft --model runs/converted --dataset chats.jsonl --output-dir runs/sft
     python -m a2d_core chat --model runs/sft/checkpoint-final
 
-A preset lies underneath; options and `--set field=value` change single fields of it. A mistake of
+Each command starts from a preset; options and `--set field=value` change single fields of it. A mistake of
 the user's ends with one message and exit code 2, before any work.
 """
 
@@ -20,16 +20,19 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from a2d_core import commands, launch, tracking
 from a2d_core.config import OBJECTIVES, Recipe, StoppedError, UserError
-from a2d_core.settings import describe
+from a2d_core.settings import describe, meant
 from a2d_core.stages import checks
+
+RESUMES = ("pretrain", "sft", "sample")
+"""Commands that continue where they were stopped."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0; 2 for the user's mistakes, 143 after SIGTERM, 1 for what else failed and is explained."""
+    """Run one command; return the exit code: 0, 2 for the user's mistakes, 130 after Ctrl-C, 143 after SIGTERM, 1 for other errors."""
     args = parser().parse_args(arguments)
     tracking.quiet()
     launch.calm_threads()
@@ -43,6 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StoppedError as error:
         print(error, file=sys.stderr)
         return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        remedy = ": the same command with --resume continues" if vars(args).get("command") in RESUMES else ""
+        print(f"\nstopped{remedy}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("a2d_core"):
+            raise
+        print(f"error: {error}: install requirements.txt, or activate its environment: source .venv/bin/activate", file=sys.stderr)
+        return 1
     except (checks.MemoryFullError, launch.WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -52,9 +64,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # --- what each command takes ----------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that tells a mistake in one line, and which option was probably meant."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse a misspelt option before it is taken for a missing one."""
+        options = list(self._option_string_actions)
+        for word in args or () if self._subparsers is None and self.prefix_chars == "-" else ():
+            name = word.partition("=")[0]
+            is_option = name.startswith("--") and " " not in word
+            if is_option and not any(option.startswith(name) for option in options):
+                self.error(f"unknown option '{name}': {meant(name, options)}")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    top = argparse.ArgumentParser(prog="python -m a2d_core", description="Turn an autoregressive language model into a diffusion one.")
+    top = _Parser(prog="python -m a2d_core", description="Turn an autoregressive language model into a diffusion one.")
     group = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     convert = _command(group, "convert", "make a diffusion checkpoint of an autoregressive model", commands.convert)
@@ -66,26 +96,36 @@ def parser() -> argparse.ArgumentParser:
     for name, what in (("pretrain", "continue pretraining on text"), ("sft", "fine-tune on conversations")):
         train = _command(group, name, f"{what} with the checkpoint's diffusion objective", commands.train)
         _model(train)
-        train.add_argument("--dataset", help="Hub id, file (txt, jsonl, parquet), directory, or 'embedded:...' (default: the preset's)")
+        train.add_argument(
+            "--dataset", help="Hub id, file (txt, jsonl, json, parquet, csv), directory, or 'embedded:...' (default: the preset's)"
+        )
         train.add_argument("--processes", type=int, metavar="N", help="processes on this machine, one per GPU (default: the preset's)")
-        train.add_argument("--strategy", help="how they share the training: ddp, fsdp2, zero2, or an accelerate configuration (.yaml)")
+        train.add_argument(
+            "--strategy", help="how the processes share the training: ddp, fsdp2, zero2, or an accelerate configuration (.yaml)"
+        )
         train.add_argument("--nodes", type=int, default=1, metavar="M", help="machines, each of which runs this command (default: 1)")
-        train.add_argument("--node-rank", type=int, default=0, metavar="R", help="number of this machine, from 0; the only thing to differ")
-        train.add_argument("--main-address", metavar="HOST:PORT", help="where the nodes meet: node 0 and a free port there")
-        train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output-dir")
+        train.add_argument(
+            "--node-rank",
+            type=int,
+            default=0,
+            metavar="R",
+            help="number of this machine, from 0: the only option in which the commands differ",
+        )
+        train.add_argument("--main-address", metavar="HOST:PORT", help="where the nodes meet: the address of node 0, and a free port there")
+        train.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output-dir")
 
-    sample = _command(group, "sample", "generate from a fixed set of prompts", commands.sample, writes=False)
+    sample = _command(group, "sample", "answer a list of prompts", commands.sample, writes=False)
     _model(sample)
     asked = sample.add_mutually_exclusive_group()
-    asked.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; give it again for more (default: the preset's)")
+    asked.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeat the option for more (default: the preset's)")
     asked.add_argument(
         "--prompts", type=Path, metavar="FILE",
-        help='prompts, one a line: plain text, or .jsonl with {"prompt": ...} or {"messages": [...]}, whose other fields are kept',
+        help='prompts, one per line: plain text, or .jsonl with {"prompt": ...} or {"messages": [...]}, whose other fields are kept',
     )  # fmt: skip
     place = sample.add_mutually_exclusive_group(required=True)
-    place.add_argument("--output-dir", metavar="DIR", help="where samples.jsonl goes: a new or empty directory")
-    place.add_argument("--output", type=Path, metavar="FILE", help="or the file itself, with the ending .jsonl")
-    sample.add_argument("--resume", action="store_true", help="go on: prompts whose answers are in the output are skipped")
+    place.add_argument("--output-dir", metavar="DIR", help="where to write samples.jsonl: a new or empty directory")
+    place.add_argument("--output", type=Path, metavar="FILE", help="or the file to write, ending in .jsonl")
+    sample.add_argument("--resume", action="store_true", help="continue: skip prompts whose answers are already in the output")
     sample.add_argument("--overwrite", action="store_true", help="replace the earlier output")
     sample.add_argument(
         "--infill", action="store_true", help="fill the gaps <mask:5> (five tokens) or <mask:2-8> (two to eight) of the prompts"
@@ -95,42 +135,46 @@ def parser() -> argparse.ArgumentParser:
     )
     _mlflow(sample)
 
-    chat = _command(group, "chat", "talk to a model; in a pipe, one line in is one answer out", commands.chat, writes=False)
+    chat = _command(group, "chat", "talk to a model; in a pipe, each line of input gets one answer", commands.chat, writes=False)
     _model(chat)
     chat.add_argument(
         "--raw", action="store_true", help="continue plain text, without the chat template (for models that were only pretrained)"
     )
     chat.add_argument(
-        "--forget", action="store_true", help="answer each question by itself (for models tuned on single questions, as the tiny one is)"
+        "--forget", action="store_true", help="answer each question by itself (for models tuned on single questions, like the tiny one)"
     )
-    chat.add_argument("--system", default="", metavar="TEXT", help="system prompt: what the model is told before the conversation")
+    chat.add_argument("--system", default="", metavar="TEXT", help="system prompt: what to tell the model before the conversation")
     chat.add_argument(
-        "--pace", type=float, default=0.0, metavar="SECONDS", help="show each evaluation for so long, to watch a fast model (terminal)"
+        "--pace", type=float, default=0.0, metavar="SECONDS", help="show each evaluation for this long, to watch a fast model (terminal)"
     )
 
     evaluate = _command(group, "evaluate", "score on lm-evaluation-harness tasks, and the NELBO of held-out text", commands.evaluate)
     _model(evaluate, required=False)
     evaluate.add_argument("--tasks", metavar="A,B", help="task or group names of lm-eval (default: the preset's)")
-    evaluate.add_argument("--suite", metavar="NAME", help="tasks with their own shots and samplers: see 'suites', or a .toml file")
-    evaluate.add_argument("--perplexity", metavar="FILE|DATASET", help="score all of this text; without --tasks or --suite it alone")
+    evaluate.add_argument("--suite", metavar="NAME", help="tasks with their own shots and samplers: a name (see 'suites') or a .toml file")
     evaluate.add_argument(
-        "--frontier", action="append", metavar="FIELD=A,B", help="try samplers too: threshold=0.5,0.9, steps_per_block=1,2; repeat at will"
+        "--perplexity", metavar="FILE|DATASET", help="score all of this text, and no tasks unless --tasks or --suite are given too"
     )
-    evaluate.add_argument("--repeat", metavar="RUN_ID", help="run this evaluation of MLflow (--mlflow URI) again, and compare to the bit")
+    evaluate.add_argument(
+        "--frontier",
+        action="append",
+        metavar="FIELD=A,B",
+        help="try further samplers: threshold=0.5,0.9 or steps_per_block=1,2; repeatable",
+    )
+    evaluate.add_argument("--repeat", metavar="RUN_ID", help="repeat this evaluation of MLflow (--mlflow URI), and compare to the bit")
     evaluate.add_argument("--champion", metavar="NAME", help="compare with the champion of this registered model (with --mlflow)")
     evaluate.add_argument("--dataset", help="held-out text: Hub id, file, directory, 'embedded:corpus', or 'none' (default: the preset's)")
-    evaluate.add_argument("--baseline", metavar="DIR", help="score this checkpoint too, for comparison: the converted one, say")
+    evaluate.add_argument("--baseline", metavar="DIR", help="score this checkpoint too, for comparison: for example the converted one")
     evaluate.add_argument("--processes", type=int, metavar="N", help="processes on this machine, one per GPU (default: the preset's)")
-    evaluate.add_argument("--source", metavar="DIR", help="the autoregressive model, for its own loss on the same text")
+    evaluate.add_argument("--source", metavar="DIR", help="the autoregressive model, to compute its own loss on the same text")
 
-    export = _add(group, "export", "write a checkpoint in the published A2D format", commands.export)
+    export = _add(group, "export", "write a checkpoint in the published A2D format (a2d-qwen2, a2d-qwen3, a2d-llama)", commands.export)
     _model(export)
-    export.add_argument("--format", choices=("a2d",), default="a2d", help="a2d: model types a2d-qwen2, a2d-qwen3 and a2d-llama (default)")
     _output(export)
 
     merge = _add(group, "merge", "merge LoRA adapters into the model they were trained on", commands.merge)
     merge.add_argument("--model", required=True, metavar="DIR", help="adapters: OUTPUT_DIR/adapter of a training, or its checkpoint-N")
-    merge.add_argument("--base", metavar="DIR", help="where the model that they were trained on is now, if it was moved")
+    merge.add_argument("--base", metavar="DIR", help="where the model that they were trained on is now, if it has moved")
     _output(merge)
 
     lm_eval = group.add_parser(  # whatever follows is lm-eval's own
@@ -141,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
 
     _registry(group)
 
-    plan = _add(group, "plan", "print a resolved recipe, what it would cost and what it would register, and run nothing", commands.plan)
+    plan = _add(group, "plan", "print a resolved recipe, what it would cost and what it would register; run nothing", commands.plan)
     plan.add_argument("--json", action="store_true", help="one JSON object with the keys recipe and cost")
     plan.add_argument("--objective", choices=OBJECTIVES, default="bd3lm", help="default: bd3lm")
     _recipe_options(plan, "stage.field=value")
@@ -158,7 +202,7 @@ def _registry(group: Any) -> None:
     for verb, meaning in {
         "review": "show the candidate against the champion: scores, samples, lineage, configuration",
         "approve": "approve a version",
-        "reject": "reject a version; it is a candidate no more",
+        "reject": "reject a version; it is no longer the candidate",
         "promote": "make an approved version that passed its gate the champion",
         "rollback": "give the alias champion back to the version that had it before",
     }.items():
@@ -172,7 +216,7 @@ def _registry(group: Any) -> None:
         else:
             command.add_argument("--why", metavar="TEXT", required=verb == "reject", help="the reason, which is recorded")
         if verb == "promote":
-            command.add_argument("--force", action="store_true", help="promote against the review or the gate; needs --why")
+            command.add_argument("--force", action="store_true", help="promote in spite of the review or the gate; needs --why")
 
 
 def _add(group: Any, name: str, what: str, run: Any = None, **defaults: Any) -> argparse.ArgumentParser:
@@ -200,25 +244,27 @@ def _mlflow(command: argparse.ArgumentParser) -> None:
 
 def _recipe_options(command: argparse.ArgumentParser, grammar: str) -> None:
     command.add_argument(
-        "--preset", default="default", metavar="NAME", help="recipe underneath: a preset (see 'presets'), or a .toml or .json file"
+        "--preset", default="default", metavar="NAME", help="recipe to start from: a preset (see 'presets'), or a .toml or .json file"
     )
     command.add_argument(
-        "--set", action="append", default=[], metavar=grammar.upper(), dest="overrides", help=f"change a field: {grammar}; repeat at will"
+        "--set", action="append", default=[], metavar=grammar.upper(), dest="overrides", help=f"change a field: {grammar}; repeatable"
     )
     command.add_argument("--seed", type=int, help="seed of everything random (default: the preset's, or 0)")
 
 
 def _output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--output-dir", required=True, metavar="DIR", help="where the result goes: a new or empty directory")
+    command.add_argument("--output-dir", required=True, metavar="DIR", help="where to write the result: a new or empty directory")
     command.add_argument("--overwrite", action="store_true", help="replace the earlier output in --output-dir")
 
 
 def _model(command: argparse.ArgumentParser, required: bool = True) -> None:
     command.add_argument(
         "--model", required=required, metavar="DIR",
-        help="diffusion checkpoint: a directory that convert, pretrain or sft has made, or models:/NAME@ALIAS or models:/NAME/VERSION",
+        help="diffusion checkpoint: a directory made by convert, pretrain or sft, or models:/NAME@ALIAS or models:/NAME/VERSION",
     )  # fmt: skip
-    command.add_argument("--objective", choices=OBJECTIVES, help="only for a model that does not say it: on the Hub, or a published one")
+    command.add_argument(
+        "--objective", choices=OBJECTIVES, help="only for a model that does not record it: one on the Hub, or a published one"
+    )
 
 
 def _fields(command: str) -> str:

@@ -71,8 +71,11 @@ def train(args: argparse.Namespace) -> None:
         else nullcontext(Path(args.output_dir))
     )
     with work as output_dir:
+        from transformers.utils import logging
+
         from a2d_core.stages import pretrain, sft
 
+        logging.disable_progress_bar()  # one for each checkpoint that is written
         follower = Follower(output_dir, log=tracking.MetricLog()) if is_main and args.mlflow is not None else None
         with follower or nullcontext():
             result = {"pretrain": pretrain.run, "sft": sft.run}[stage](
@@ -93,7 +96,8 @@ def train(args: argparse.Namespace) -> None:
             f"'{output_dir}/metrics.jsonl'; start MLflow again, and the same command with --resume sends them without training again",
         )
     _tell(result)
-    print(f"\nthe checkpoint is {output_dir}/checkpoint-final: try it with  python -m a2d_core chat --model {output_dir}/checkpoint-final")
+    final, command = f"{output_dir}/checkpoint-final", "chat" if stage == "sft" else "chat --raw"
+    print(f"\nthe checkpoint is {final}: try it with  python -m a2d_core {command} --model {final}")
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -110,7 +114,7 @@ def sample(args: argparse.Namespace) -> None:
     require(output.suffix == ".jsonl", f"--output {output}: give a file with the ending .jsonl, or a directory with --output-dir")
     require(
         args.resume or args.overwrite or not output.exists(),
-        f"'{output}' is there already: go on from it with --resume, replace it with --overwrite, or choose another",
+        f"'{output}' exists already: continue it with --resume, replace it with --overwrite, or choose another",
     )
     with _work(args, recipe, inputs=(args.model, args.prompts)):
         from a2d_core.stages import sample as stage
@@ -131,7 +135,7 @@ def sample(args: argparse.Namespace) -> None:
     for row in result["samples"][:SHOWN]:
         print(stage.text(row), f"  {row['answer']}", sep="\n")
         print(f"  ({row['tokens']} tokens, {row['nfe']} evaluations, {row['seconds']:.2f} s)\n")
-    print(f"{result['answered']} prompts answered, {result['skipped']} skipped: all of it is in {output}")
+    print(f"{result['answered']} prompts answered, {result['skipped']} skipped: the answers are in {output}")
     if args.animate:
         print(f"the replay is {args.animate}: open it in a browser")
 
@@ -232,14 +236,13 @@ def _tell_evaluation(result: dict[str, Any], output_dir: Path) -> None:
         print(f"{row['sampler']:<24} {row['task']:<24} {row['value']:.3f} ± {row['stderr'] or 0:.3f}  {pace}")
     if result["text"]:
         _tell(result["text"])
-    print(f"\nall of it is in {output_dir}/results.json, and to look at in {output_dir}/report.html")
+    print(f"\nthe results are in {output_dir}/results.json; {output_dir}/report.html shows them")
 
 
 def list_suites(args: argparse.Namespace) -> None:
     """List the suites, or the entries of one."""
     if not args.name:
-        for name in suites.names():
-            print(f"{name:<12} {textwrap.fill(suites.read(name, 'bd3lm').summary, 100, subsequent_indent=' ' * 13)}")
+        _list({name: suites.read(name, args.objective).summary for name in suites.names()})
         return
     for entry in suites.read(args.name, args.objective).entries:
         published = "" if entry.published is None else f"  published {entry.published:.3f}"
@@ -299,7 +302,10 @@ def registry(args: argparse.Namespace) -> None:
     from a2d_core import review
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    tracking.check_server(tracking.default_uri(TrackingConfig(uri=args.mlflow)))
+    uri = tracking.default_uri(TrackingConfig(uri=args.mlflow))
+    there = not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file()  # MLflow would make a new one
+    require(there, f"there is no MLflow database {uri}: name the server or the database with --mlflow URI or MLFLOW_TRACKING_URI")
+    tracking.check_server(uri)
     if args.verb == "review":
         found = review.build(models.read(args.name, args.version), models.champion(args.name))
         print(json.dumps(found, indent=2) if args.json else review.text(found))
@@ -313,8 +319,7 @@ def registry(args: argparse.Namespace) -> None:
 
 def list_presets(args: argparse.Namespace) -> None:
     """List the presets."""
-    for name in presets.names():
-        print(f"{name:<18} {textwrap.fill(presets.summary(name), 100, subsequent_indent=' ' * 19)}")
+    _list({name: presets.summary(name) for name in presets.names()})
 
 
 # --- what they share ------------------------------------------------------------------------------
@@ -397,7 +402,15 @@ def _work(args: argparse.Namespace, recipe: Recipe, inputs: tuple[str | Path | N
         tracking.finish(parent)
 
 
+def _list(meanings: dict[str, str]) -> None:
+    """Print names, and what each means beside them."""
+    width = max(map(len, meanings)) + 2
+    for name, meaning in meanings.items():
+        print(textwrap.fill(meaning, 120, initial_indent=f"{name:<{width}}", subsequent_indent=" " * width, break_on_hyphens=False))
+
+
 def _tell(result: dict[str, Any]) -> None:
-    width = max(map(len, result), default=0)
-    for name, value in result.items():
+    known = {name: value for name, value in result.items() if value is not None}
+    width = max(map(len, known), default=0)
+    for name, value in known.items():
         print(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")

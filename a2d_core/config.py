@@ -1,9 +1,9 @@
 """The configuration of every stage: frozen dataclasses, checked when they are made.
 
-A recipe is one `Recipe`: a part for each stage, and the compute profile. Recipes come from the
-TOML presets (`a2d_core.presets`); a field is changed with `dataclasses.replace`, or with
-`stage.field=value` on a command line (`a2d_core.settings`), and a misspelt field raises. The string
-under a field is its meaning: `settings.describe` reads it for `--help` and for the docs.
+A recipe is one `Recipe`: a part for each stage, the compute profile, and tracking. Recipes come from the TOML presets
+(`a2d_core.presets`). A field is changed with `dataclasses.replace`, or with `stage.field=value` on a command line
+(`a2d_core.settings`); a misspelt field raises. The string under a field is its meaning, which `settings.describe` reads
+for `--help` and for the docs.
 """
 
 from __future__ import annotations
@@ -28,6 +28,13 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def _require_at_least(least: int, config: Any, *names: str, prefix: str = "") -> None:
+    """Raise `UserError` where one of these fields is set, and lower than `least`."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value >= least, f"{prefix}{name} must be at least {least}, not {value}")
 
 
 def check_objective(objective: str) -> str:
@@ -58,16 +65,16 @@ class ConvertConfig:
     right_shift: bool = False
     """Keep the autoregressive shift: the logit at position i predicts token i+1 (mdlm only)."""
     mask_token: str = "<|mask|>"
-    """Text of the mask token, used where the tokenizer has none of its own."""
+    """Text of the mask token to add if the tokenizer has none of its own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the saved weights; `auto` keeps that of the source."""
+    """Precision of the saved weights; `auto` keeps the source's."""
     trust_remote_code: bool = False
     """Run Python code that comes with a Hub model."""
     allow_pickle: bool = False
-    """Read weights that are pickles, which can run code, where there are none in safetensors."""
+    """Read pickled weights, which can run code, if there are none in safetensors."""
 
     def __post_init__(self) -> None:
-        require(self.block_size >= 1, f"convert.block_size must be at least 1, not {self.block_size}")
+        _require_at_least(1, self, "block_size", prefix="convert.")
         require(bool(self.mask_token), "convert.mask_token must not be empty: give the token's text, such as <|mask|>")
 
 
@@ -82,9 +89,9 @@ class Source:
     split: str | None = None
     """Split to train on, for this data set alone."""
     train: int | None = None
-    """Rows that are drawn from the training part; None takes all."""
+    """Rows to draw from the training part; None takes all."""
     test: int | None = None
-    """Rows that are drawn from the held-out part; None takes all."""
+    """Rows to draw from the held-out part; None takes all."""
     filters: tuple[tuple[str, str], ...] = ()
     """(column, value): only rows with this value are read."""
 
@@ -123,45 +130,45 @@ class TrainConfig:
     """One run of training: pretraining on text, or supervised fine-tuning (SFT) on conversations."""
 
     enabled: bool = True
-    """Run this stage; when false, its input checkpoint is passed on unchanged."""
+    """Run this stage; if false, its input checkpoint is passed on unchanged."""
     dataset: str = "embedded:corpus"
-    """Hub id, file, directory, or `embedded:corpus` / `embedded:tasks`; several with `+`, and `[train:1000,lang:en]` behind each."""
+    """Hub id, file, directory, or `embedded:corpus` / `embedded:tasks`; join several with `+`, choose rows with `[train:1000,lang:en]`."""
     dataset_config: str | None = None
     """Configuration (subset) name of a Hub data set; `[config:NAME]` for one of several."""
     train_split: str = "train"
     """Split to train on."""
     eval_split: str | None = None
-    """Split to evaluate on; without it `eval_fraction` of the training split is held out."""
+    """Split to evaluate on; without one, `eval_fraction` of the training split is held out."""
     eval_fraction: float = 0.05
-    """Fraction of the training split that is held out when there is no `eval_split`."""
+    """Fraction of the training split that is held out if there is no `eval_split`."""
     max_eval_rows: int = 512
-    """At most so many held-out rows are scored at each evaluation."""
+    """The most held-out rows to score at each evaluation."""
     streaming: bool = False
-    """Read the text while training, instead of downloading and tokenising it first (pretraining; needs `max_steps`)."""
+    """Read the text while training, instead of downloading and tokenising it beforehand (pretraining; needs `max_steps`)."""
     shuffle_buffer: int = 10_000
-    """Documents held in memory to shuffle a stream."""
+    """Documents of a stream that are held in memory and shuffled."""
     num_workers: int = 1
-    """Processes that filter, read and tokenise the data, where it is not streamed."""
+    """Processes that filter, read and tokenise data that is not streamed."""
     text_field: str | None = None
-    """Column with the text (pretraining); None takes that of a known data set, or `text`."""
+    """Column with the text (pretraining); None takes the known data set's own, or `text`."""
     messages_field: str | None = None
-    """Column with the list of {role, content} messages (SFT); None looks for the usual layouts."""
+    """Column with the list of {role, content} messages (SFT); None tries the usual layouts."""
     prompt_field: str | None = None
     """Column with the prompt, for SFT data in two columns instead of messages."""
     response_field: str | None = None
     """Column with the response, for SFT data in two columns instead of messages."""
     max_length: int = 512
-    """Tokens per row: text is cut into rows of this length; for longer conversations see `too_long`."""
+    """Tokens per row: text is cut into rows of this length; for conversations that are longer see `too_long`."""
     insert_eos: bool = True
     """Put the end-of-sequence token between documents (pretraining)."""
     pack: bool = False
-    """Keep documents apart in packed rows: each attends to itself alone, from position 0."""
+    """Keep the documents in a row apart: each attends only to itself, from position 0."""
     supervise: Literal["all", "last"] = "all"
-    """Assistant turns that are learned: all, or the last of each conversation, as published (SFT)."""
+    """Assistant turns to learn: all, or only the last of each conversation, as in the published recipes (SFT)."""
     too_long: Literal["drop", "truncate"] = "drop"
-    """Turns that end behind `max_length` are dropped, or cut there: the first `max_length` tokens are kept, as published (SFT)."""
+    """Drop turns that end beyond `max_length`, or keep their first `max_length` tokens, as in the published recipes (SFT)."""
     epochs: float = 1.0
-    """Passes over the training rows; `max_steps` wins where it is set."""
+    """Passes over the training rows; `max_steps` wins if it is set."""
     max_steps: int = -1
     """Optimizer steps; -1 takes `epochs` instead."""
     batch_size: int = 16
@@ -169,66 +176,65 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
     group_by_length: bool = False
-    """Put rows of similar length into a batch: less padding, a less random order."""
+    """Batch rows of similar length: less padding, but a less random order."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """Shape of the learning rate over training."""
     warmup_ratio: float = 0.1
-    """Fraction of the steps over which the learning rate rises."""
+    """Fraction of the steps during which the learning rate rises."""
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
-    """The gradient is scaled down to this norm where it is larger."""
+    """Gradients with a larger norm are scaled down to this one."""
     explode_factor: float = 1000.0
-    """Stop where the gradient's norm exceeds both max_grad_norm and the median of the logged norms this many times; 0 never does."""
+    """Stop if the gradient's norm exceeds this many times both max_grad_norm and the median of the logged norms; 0 never stops."""
     adam_beta2: float = 0.999
     """Second-moment decay of AdamW."""
     views: int = 1
-    """Noised views of each row per step; bd3lm computes the clean stream once for all of them."""
+    """Noised views (copies) of each row per step; bd3lm computes the clean stream once for all of them."""
     complementary: bool = False
-    """Views come in pairs, of a mask and its complement: every maskable token is scored once in each pair."""
+    """Views come in pairs of a mask and its complement, so that each pair scores every maskable token once."""
     schedule: Literal["linear", "cosine"] = "linear"
     """Noise schedule alpha(t)."""
     t_draws: Literal["stratified", "iid", "per_sequence"] = "stratified"
     """How diffusion times are drawn: stratified over rows and blocks, independent, or one per row."""
     t_min: float = 1e-3
-    """Smallest diffusion time (the usual eps)."""
+    """Smallest diffusion time, usually called eps."""
     t_max: float = 1.0
-    """Largest diffusion time; a loss clipped away from [eps, 1] is not a NELBO."""
+    """Largest diffusion time; a loss over less than [eps, 1] is not a NELBO."""
     weighting: Literal["nelbo", "uniform"] = "nelbo"
-    """Weight of a masked token: w(t) of the NELBO, or 1."""
+    """Weight of a masked token's cross-entropy: w(t) of the NELBO, or 1."""
     predict_mask_token: bool = False
-    """Leave the mask token's logit in the training softmax, as the published recipes do."""
+    """Leave the mask token's logit in the softmax while training, as the published recipes do."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute precision; `auto` is bfloat16 where the hardware multiplies it natively. Master weights stay float32."""
     attention: Literal["auto", "sdpa", "flex_attention", "eager"] = "auto"
-    """Attention kernels; `auto` is FlexAttention on CUDA, which skips what nobody sees, and else the model's own."""
+    """Attention kernel; `auto` is FlexAttention on CUDA, which skips what nobody sees, and elsewhere the model's own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile the network's layers with torch.compile, which takes a minute at first; it needs a C++ compiler."""
+    """Compile the network's layers with torch.compile, which takes a minute at the start and needs a C++ compiler."""
     lora_rank: int = 0
-    """Rank of LoRA adapters on the linear layers, with all else frozen but the mask token's embedding; 0 trains all weights."""
+    """Rank of LoRA adapters on the linear layers; they and the mask token's embedding are trained alone. 0 trains all weights."""
     lora_alpha: float = 32.0
     """The adapters' output is scaled by lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] = ()
-    """Names of the linear layers that get adapters, such as q_proj; empty: all of them but the output embedding."""
+    """Names of the linear layers that get adapters, such as q_proj; if empty, all except the output embedding."""
     eval_every: float = 0.1
     """Evaluate after this fraction of the steps (1 or more: after so many steps)."""
     save_every: float = 0.1
     """Save a checkpoint after this fraction of the steps (1 or more: after so many steps)."""
     keep_checkpoints: int = 2
-    """Training checkpoints kept: the newest, and besides them the one with the best held-out NELBO; the others are deleted."""
+    """How many of the newest training checkpoints to keep, besides the one with the best held-out NELBO; others are deleted."""
     log_every: int = 10
     """Optimizer steps between two logged losses."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "max_length", "batch_size", "gradient_accumulation_steps", "views", "keep_checkpoints", "log_every", "max_eval_rows",
-            "shuffle_buffer", "num_workers",
-        ):  # fmt: skip
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        _require_at_least(1, self, "batch_size", "gradient_accumulation_steps", "views", "max_eval_rows", "shuffle_buffer", "num_workers")
+        _require_at_least(1, self, "keep_checkpoints", "log_every")
+        _require_at_least(2, self, "max_length")
+        _require_at_least(0, self, "weight_decay")
         parse_sources(self.dataset)
         require(
             not self.streaming or self.max_steps >= 1,
@@ -237,12 +243,10 @@ class TrainConfig:
         require(
             not (self.streaming and self.group_by_length), "group_by_length=true needs to know all rows: leave it out with streaming=true"
         )
-        require(self.max_length >= 2, f"max_length must be at least 2, not {self.max_length}")
         require(self.max_steps == -1 or self.max_steps >= 1, f"max_steps must be -1 (use epochs) or at least 1, not {self.max_steps}")
-        require(self.epochs > 0, f"epochs must be above 0, not {self.epochs}")
-        require(self.learning_rate > 0, f"learning_rate must be above 0, not {self.learning_rate}")
         require(self.explode_factor >= 0, f"explode_factor must be 0 (let every finite norm pass) or above, not {self.explode_factor}")
-        require(0 <= self.warmup_ratio < 1, f"warmup_ratio must lie in [0, 1), not {self.warmup_ratio}")
+        for name in ("warmup_ratio", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name} must lie in [0, 1), not {getattr(self, name)}")
         require(0 < self.eval_fraction < 1, f"eval_fraction must lie in (0, 1), not {self.eval_fraction}")
         require(0 < self.t_min < self.t_max <= 1, f"0 < t_min < t_max <= 1 must hold, not t_min={self.t_min}, t_max={self.t_max}")
         require(
@@ -252,7 +256,7 @@ class TrainConfig:
         )
         require(self.lora_rank >= 0, f"lora_rank must be 0 (train all weights) or more, not {self.lora_rank}")
         require(self.lora_rank > 0 or not self.lora_targets, "lora_targets needs LoRA adapters: set lora_rank to 16, say")
-        for name in ("eval_every", "save_every", "lora_alpha"):
+        for name in ("epochs", "learning_rate", "max_grad_norm", "eval_every", "save_every", "lora_alpha"):
             require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
         require(
             (self.prompt_field is None) == (self.response_field is None),
@@ -269,23 +273,23 @@ class SampleConfig:
     prompts: tuple[str, ...] = ("Tell me about the sea.", "Write a haiku about autumn.")
     """Prompts of the sample step."""
     chat: bool = True
-    """Put each prompt through the tokenizer's chat template as a user's message."""
+    """Put each prompt through the tokenizer's chat template, as a user's message."""
     max_new_tokens: int = 128
-    """Tokens to generate after the prompt, at most."""
+    """The most tokens to generate after the prompt."""
     min_new_tokens: int = 0
-    """No end-of-sequence token before so many new tokens."""
+    """No end-of-sequence token before this many new tokens."""
     steps_per_block: int | None = None
-    """Network evaluations per block with a fixed number of tokens each; None reveals one token at a time."""
+    """Network evaluations per block, each revealing the same number of tokens; None reveals one token at a time."""
     block_size: int | None = None
     """mdlm: fill the canvas in blocks of this many tokens, left to right; None is one block. bd3lm: the checkpoint's own."""
     block_origin: Literal["document_start", "prompt_end"] | None = None
-    """bd3lm: blocks begin at the first token, or at the end of the prompt; None is the checkpoint's own (published ones: prompt_end)."""
+    """bd3lm: blocks are counted from the first token or the prompt's end; None is the checkpoint's own (published ones: prompt_end)."""
     policy: Literal["confidence", "margin", "entropy", "random"] = "confidence"
-    """What goes first: the highest probability, the widest margin between the best two tokens, the lowest entropy, or anything."""
+    """What is revealed first: the highest probability, the widest margin between the two best tokens, the lowest entropy, or any."""
     threshold: float | None = None
     """Also reveal every token whose probability reaches this; at least one token per evaluation is revealed."""
     entropy_budget: float | None = None
-    """Also reveal, in the policy's order, what adds up to at most so many nats of entropy without the largest (arXiv 2505.24857)."""
+    """Also reveal, in the policy's order, tokens whose entropies without the largest sum to at most this many nats (arXiv 2505.24857)."""
     remasking: float = 0.0
     """Share of a block's revealed tokens that each evaluation masks again, the least confident first (arXiv 2503.00307)."""
     guidance: float = 0.0
@@ -293,29 +297,24 @@ class SampleConfig:
     temperature: float = 0.0
     """0 is greedy; above it, tokens are drawn from softmax(logits / temperature)."""
     top_p: float = 1.0
-    """Draw among the most probable tokens that make up this much of the probability."""
+    """Draw only among the most probable tokens that together have this probability."""
     top_k: int | None = None
-    """Draw among so many of the most probable tokens."""
+    """Draw only among this many of the most probable tokens."""
     suppressed_tokens: tuple[int, ...] = ()
     """Ids of tokens that are never produced; the mask token never is."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, which is cut before them."""
     cache: Literal["exact", "prefix", "dual"] = "exact"
-    """mdlm: `prefix` and `dual` are APPROXIMATE: what lies before (or around) a block is computed once for it (arXiv 2505.22618)."""
+    """mdlm: `prefix` and `dual` are APPROXIMATE: what lies before (or around) a block is computed once per block (arXiv 2505.22618)."""
     batch_size: int = 32
-    """Prompts that are generated at once."""
+    """Prompts to generate at once."""
     cuda_graph: bool = False
-    """Pad to static shapes, and on CUDA replay each evaluation as a CUDA graph: faster where launching kernels is what takes time."""
+    """Pad to static shapes, and on CUDA replay each evaluation as a CUDA graph: for small models, whose time goes into kernel launches."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("steps_per_block", "block_size", "top_k"):
-            require(getattr(self, name) is None or getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("temperature", "guidance", "min_new_tokens"):
-            require(getattr(self, name) >= 0, f"{name} must be 0 or more, not {getattr(self, name)}")
+        _require_at_least(1, self, "max_new_tokens", "batch_size", "steps_per_block", "block_size", "top_k")
+        _require_at_least(0, self, "temperature", "guidance", "min_new_tokens", "entropy_budget")
         require(self.threshold is None or 0 < self.threshold <= 1, f"threshold must lie in (0, 1], not {self.threshold}")
-        require(self.entropy_budget is None or self.entropy_budget >= 0, f"entropy_budget must be 0 or more, not {self.entropy_budget}")
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
         require(0 <= self.remasking < 1, f"remasking must lie in [0, 1), not {self.remasking}")
         require("" not in self.stop, "stop must not hold an empty text: it would end every answer at once")
@@ -334,7 +333,7 @@ class SampleConfig:
 
 
 NOT_THE_ANSWER = ("enabled", "prompts", "batch_size", "cuda_graph")
-"""Fields of `SampleConfig` that are about the stage, and the machine: they do not change an answer."""
+"""Fields of `SampleConfig` that concern the stage or the machine: they do not change an answer."""
 
 
 @dataclass(frozen=True)
@@ -346,60 +345,59 @@ class EvaluateConfig:
     tasks: tuple[str, ...] = ("a2d_words",)
     """lm-evaluation-harness task or group names; `a2d_words` is the embedded set."""
     suite: str | None = None
-    """A list of tasks with their own shots and samplers, in place of `tasks`: a name (see 'suites'), or a .toml file."""
+    """A list of tasks with their own shots and samplers, instead of `tasks`: a name (see 'suites') or a .toml file."""
     frontier: tuple[str, ...] = ()
-    """Further samplers that the tasks are run with, such as threshold=0.5,0.9 or steps_per_block=1,2: quality against evaluations."""
+    """Run the tasks with further samplers too, such as threshold=0.5,0.9 or steps_per_block=1,2: quality against evaluations."""
     task_dirs: tuple[str, ...] = ()
-    """Directories with further lm-eval task files."""
+    """Directories with more lm-eval task files."""
     datasets: dict[str, str] = field(default_factory=dict)
-    """Task or group -> a directory with its data, SPLIT.jsonl (.json, .parquet, .csv), in place of the Hub's."""
+    """Task or group -> a directory with its data, SPLIT.jsonl (.json, .parquet, .csv), to use instead of the Hub's."""
     limit: int | None = None
-    """Score only so many documents of each task."""
+    """Score only this many documents of each task."""
     num_fewshot: int | None = None
     """Examples before each question; None keeps the task's own number."""
     apply_chat_template: bool = True
     """Put each question through the tokenizer's chat template."""
     likelihood: Literal["nelbo", "exact"] = "nelbo"
-    """How answers are scored: minus the NELBO, by Monte Carlo, or exactly for the reveal order `order` (arXiv 2603.01367)."""
+    """Log-likelihood of an answer: minus the NELBO, by Monte Carlo, or exact for the reveal order `order` (arXiv 2603.01367)."""
     order: Literal["confidence", "entropy", "margin", "left_to_right"] = "confidence"
     """What the exact likelihood reveals next: the highest probability, the lowest entropy, the widest margin, or the first token."""
     max_nelbo_samples: int = 64
-    """Noise draws at most for answers that the standard error does not tell apart after `nelbo_samples`."""
+    """The most noise draws for answers that are still within the standard error of each other after `nelbo_samples`."""
     batch_tokens: int = 4096
-    """Positions in one forward pass of likelihoods."""
+    """Positions per forward pass when computing likelihoods."""
     batch_size: int = 128
-    """Prompts, or rows of text, at once."""
+    """Prompts, or rows of text, to compute at once."""
     baseline: bool = True
     """Score the converted but untrained model too, for comparison."""
     text_dataset: str | None = "embedded:corpus"
-    """Held-out text for the NELBO per token (as TrainConfig.dataset); None skips it."""
+    """Held-out text for the NELBO per token, written like `dataset` of pretraining; None skips it."""
     text_part: Literal["held_out", "all"] = "held_out"
-    """Score what is held out of `text_dataset`, or all of it."""
+    """Score the held-out part of `text_dataset`, or all of it."""
     text_config: str | None = None
     """Configuration (subset) name of a Hub `text_dataset`."""
     text_split: str | None = None
-    """Split with the held-out text; without it `text_fraction` of the training split is held out, as in pretraining."""
+    """Split with the held-out text; without one, `text_fraction` of the training split is held out, as in pretraining."""
     text_fraction: float = 0.05
-    """Fraction of the training split that is held out when there is no `text_split`."""
+    """Fraction of the training split that is held out if there is no `text_split`."""
     text_field: str | None = None
-    """Column with the text of `text_dataset`; None takes that of a known data set, or `text`."""
+    """Column with the text of `text_dataset`; None takes the known data set's own, or `text`."""
     text_length: int = 128
     """Tokens per scored row of text."""
     text_rows: int = 128
-    """Rows of text that are scored."""
+    """Rows of text to score."""
     nelbo_samples: int = 8
     """Noise draws per row of the NELBO estimate."""
     code_execution: bool = False
-    """Run the code that a model writes (HumanEval, MBPP), each program in a process of its own without network."""
+    """Run the code that the model writes (HumanEval, MBPP), each program in its own process without a network."""
     code_isolation: Literal["namespaces", "process"] = "namespaces"
-    """What stands around such a program: Linux namespaces and limits, or, inside a container made for it, limits alone."""
+    """What contains such a program: Linux namespaces and limits, or (inside a container made for this) only limits."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "batch_tokens", "text_rows", "nelbo_samples", "max_nelbo_samples"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        require(self.text_length >= 2, f"text_length must be at least 2, not {self.text_length}")
+        _require_at_least(1, self, "batch_size", "batch_tokens", "text_rows", "nelbo_samples", "max_nelbo_samples", "limit")
+        _require_at_least(0, self, "num_fewshot")
+        _require_at_least(2, self, "text_length")
         require(0 < self.text_fraction < 1, f"text_fraction must lie in (0, 1), not {self.text_fraction}")
-        require(self.limit is None or self.limit >= 1, f"limit must be at least 1, not {self.limit}")
         if self.text_dataset is not None:
             parse_sources(self.text_dataset)
 
@@ -430,19 +428,19 @@ class TrackingConfig:
     """Where MLflow lives."""
 
     uri: str | None = None
-    """MLflow tracking URI; None takes MLFLOW_TRACKING_URI, or else a local sqlite database."""
+    """MLflow tracking URI; None takes MLFLOW_TRACKING_URI, or else a local SQLite database."""
     experiment: str = "a2d"
     """MLflow experiment."""
 
 
 @dataclass(frozen=True)
 class Toleration:
-    """A taint of a Kubernetes node that a pod puts up with: spot nodes have one, and often GPU nodes."""
+    """A taint of a Kubernetes node that a pod tolerates: spot nodes have one, and often GPU nodes."""
 
     key: str
     """Key of the taint."""
     operator: Literal["Exists", "Equal"] = "Exists"
-    """Whether any value will do, or `value` alone."""
+    """Tolerate any value, or only `value`."""
     value: str | None = None
     """Value of the taint, with Equal."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
@@ -466,39 +464,37 @@ class StepCompute:
     memory_mb: int = 4096
     """Memory in MiB."""
     shared_memory_mb: int | None = None
-    """Shared memory in MiB, which data loaders and NCCL use; None keeps the platform's default."""
+    """Shared memory in MiB, which data loaders and NCCL use; None takes the platform's default."""
     disk_mb: int | None = None
-    """Disk in MiB, for checkpoints; None keeps the platform's default. On AWS Batch the queue's machines decide."""
+    """Disk in MiB, for checkpoints; None takes the platform's default. On AWS Batch the queue's machines decide."""
     image: str | None = None
-    """Container image of this step, where it is not the profile's."""
+    """Container image of this step, if it is not the profile's."""
     queue: str | None = None
-    """AWS Batch job queue of this step, where it is not the profile's: machines without GPUs, for instance, or spot machines."""
+    """AWS Batch job queue of this step, if it is not the profile's: one without GPUs, for instance, or with spot machines."""
     node_selector: dict[str, str] | None = None
-    """Kubernetes node labels of this step, in place of the profile's."""
+    """Kubernetes node labels of this step, instead of the profile's."""
     tolerations: tuple[Toleration, ...] | None = None
-    """Kubernetes taints that this step puts up with, in place of the profile's."""
+    """Kubernetes taints that this step tolerates, instead of the profile's."""
     secrets: tuple[str, ...] | None = None
-    """Secrets of this step, in place of the profile's."""
+    """Secrets of this step, instead of the profile's."""
     nodes: int = 1
-    """Machines that train together, each with the resources given here; only training takes several."""
+    """Machines that train together, each with these resources; only training takes several."""
     meeting_minutes: int = 10
-    """How long a node waits for the others to come."""
+    """How long a node waits for the others to start."""
     processes: int = 1
     """Training processes on the node: one per GPU."""
     strategy: str = "ddp"
     """How the processes share the training: ddp, fsdp2, zero2, or the path of an accelerate configuration."""
     retries: int = 0
-    """How often a failed step is tried again."""
+    """How often a failed step is retried."""
     minutes_between_retries: int = 2
     """Pause before a retry."""
     timeout_minutes: int = 60
     """Time limit of the step."""
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "meeting_minutes", "cpu", "memory_mb", "processes", "timeout_minutes"):
-            require(getattr(self, name) >= 1, f"compute {name} must be at least 1, not {getattr(self, name)}")
-        for name in ("gpu", "retries", "minutes_between_retries"):
-            require(getattr(self, name) >= 0, f"compute {name} must be 0 or more, not {getattr(self, name)}")
+        _require_at_least(1, self, "nodes", "meeting_minutes", "cpu", "memory_mb", "processes", "timeout_minutes", prefix="compute ")
+        _require_at_least(0, self, "gpu", "retries", "minutes_between_retries", prefix="compute ")
         require(
             self.gpu == 0 or self.processes <= self.gpu,
             f"compute asks for {self.processes} processes on {self.gpu} GPUs: give each process a GPU of its own",
@@ -521,11 +517,11 @@ class ComputeConfig:
     node_selector: dict[str, str] = field(default_factory=dict)
     """Kubernetes node labels that a GPU step needs."""
     tolerations: tuple[Toleration, ...] = ()
-    """Kubernetes taints that a GPU step puts up with: `[{ key = "spot" }]`. Give steps on spot nodes retries."""
+    """Kubernetes taints that a GPU step tolerates: `[{ key = "spot" }]`. Give steps on spot nodes retries."""
     queue: str | None = None
     """AWS Batch job queue."""
     secrets: tuple[str, ...] = ()
-    """Names of secrets that become environment variables, such as one with HF_TOKEN: Kubernetes', or on AWS Batch Secrets Manager's."""
+    """Names of secrets that become environment variables, such as one with HF_TOKEN: of Kubernetes, or of AWS Secrets Manager on Batch."""
     convert: StepCompute = StepCompute()
     """Resources of the convert step."""
     train: StepCompute = StepCompute()
@@ -566,6 +562,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_objective(self.objective)
+        _require_at_least(0, self, "seed")
         require(
             not (self.objective == "bd3lm" and self.convert.right_shift),
             "convert.right_shift=true does not fit bd3lm: a block's first token would be read from a noised block in "

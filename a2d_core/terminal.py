@@ -132,6 +132,8 @@ class _Terminal(_Pipe):
         with Live(view, console=self.console, auto_refresh=False) as live:
             view.answer = self.conversation.answer(text, show)
             live.refresh()
+        if view.answer.stopped:
+            self.say(f"stopped: what stands before the first {MASKED} is kept")
         if view.answer.forgotten:
             self.say(chat.forgot(self.conversation, view.answer.forgotten))
         self.console.print()
@@ -156,7 +158,9 @@ class _View:
             return
         lines = list(self.text().wrap(console, options.max_width))
         yield from lines if self.answer else lines[-max(1, console.height - 2) :]
-        yield self.cost()
+        cost = self.cost()
+        cost.truncate(options.max_width - 2, overflow="ellipsis")  # room for the ^C that a terminal writes: a further line would stay
+        yield cost
 
     def text(self) -> Text:
         from rich.text import Text
@@ -192,9 +196,7 @@ class _View:
             f"{tokens / max(self.watched.nfe, 1):.1f} tokens/evaluation",
             f"{tokens / max(seconds, 1e-9):.0f} tokens/s",
         ]
-        if self.answer and self.answer.stopped:
-            words.append(f"stopped: what stands before the first {MASKED} is kept")
-        return Text(" · ".join(words), "dim", no_wrap=True, overflow="ellipsis")
+        return Text(" · ".join(words), "dim", no_wrap=True)
 
 
 def colour(probability: float) -> str:

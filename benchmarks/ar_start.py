@@ -2,8 +2,8 @@
 
     python benchmarks/ar_start.py [--quick] [--seeds N]
 
-Both starts have the architecture, data, budget and noise of the preset `tiny`. Scored are the same held-out
-tokens, the first of each row given, over the full range of t; the AR model's own loss stands beside them.
+Both starts have the architecture, data, budget and noise of the preset `tiny`. Both are scored on the same held-out tokens (the
+first of each row is given), over the full range of t. The AR model's own loss on these tokens is shown beside them.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main() -> None:
     )
     for row in rows:
         print(f"{row['objective']:<10}{row['steps']:>7}{row['ar_nll']:>21.3f}{row['ar']:>11.3f}{row['random']:>15.3f}")
-    shared.keep(options.output_dir, [*rows, *curves], plot(curves) if options.output_dir else None)
+    shared.keep(options.output_dir, [*rows, *curves], plot(curves))
     print(json.dumps({"ratios": {f"random_over_ar_{row['objective']}": round(row["random"] / row["ar"], 3) for row in rows}}))
 
 

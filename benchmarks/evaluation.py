@@ -2,16 +2,18 @@
 
     python benchmarks/evaluation.py [--quick]
 
-Likelihood: the plain method scores one request at a time, whose noised samples are batched, as the evaluations that come with
-published checkpoints do: each sample with its own clean copy ([x_t | x_0], for block diffusion), and logits at every noised
-position. Ours batches requests, shares the clean stream among samples (and the context among short answers), runs the head at
-masked positions, sums short answers and blocks over all masks, and lets the masks of an answer take turns. Both draw the number n
-of masked tokens uniform and stratified, and weight by M / n. The ratio is that of the times to an equal standard error, which is
-measured over seeds (with the small vocabulary): time x squared error of theirs over ours. `endings`: four answers of 8 to 32
-tokens after 60 to 100 (HellaSwag), 8 samples; `letters`: four single tokens after 200 (MMLU), for which one sample is
-exact. Random weights, blocks of 32, Qwen3's vocabulary (and a small one). Generation: answers that end at random, 60 tokens on
-average, from prompts of 100 to 200: in fixed batches, each of which runs until its longest answer ends, and through one
-queue, which refills the rows of those that have ended. Times are the CPU's, so that what else runs there counts little.
+Likelihood: the plain method scores one request at a time and batches its noised samples, as the evaluations that come with
+published checkpoints do. Each sample has its own clean copy ([x_t | x_0], for block diffusion) and logits at every noised
+position. Ours batches requests, shares the clean stream among samples (and the context among short answers), runs the head only
+at masked positions, sums short answers and blocks over all masks, and lets the masks of an answer take turns. Both draw the
+number n of masked tokens uniformly and stratified, and weight by M / n. The ratio compares the times to an equal standard error,
+which is measured over seeds (with the small vocabulary): the plain method's time x squared error over ours. `endings`: four
+answers of 8 to 32 tokens after a context of 60 to 100 (like HellaSwag), 8 samples. `letters`: four single tokens after a context
+of 200 (like MMLU), for which one sample is exact. Random weights, blocks of 32, Qwen3's vocabulary and a small one.
+
+Generation: answers that end at random, after 60 tokens on average, to prompts of 100 to 200 tokens. They are generated in fixed
+batches, each of which runs until its longest answer ends, and through one queue, which refills the rows of those that have ended.
+All times are CPU times, which other load on the machine affects little.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/frontier.py [--quick] [--objective bd3lm --model DIR] [--output-dir DIR]
 
-Every sampler answers the held-out word tasks. What counts is exact match on answers of six letters or more, and for these the
-tokens per evaluation of the network: tokens through the first end of sequence, the fill behind it left out, over evaluations. The
-reference is one token at a time; the ratio is that of the fastest sampler that loses at most 0.01 of exact match. The preset
-`tiny` is trained first, for each objective (minutes), unless `--model` names a checkpoint.
+Every sampler answers the held-out word tasks. Measured are the exact match on answers of six letters or more, and the tokens per
+evaluation of the network for the same answers, where tokens count through the first end of sequence and the fill after it does
+not. The reference is one token at a time. The ratio is that of the fastest sampler whose exact match is at most 0.01 lower. The
+preset `tiny` is trained first, for each objective (minutes), unless `--model` names a checkpoint.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main() -> None:
             share = 0.25 if options.quick else 1.0
             checkpoint = options.model or shared.train_tiny(objective, Path(folder), share)
             found[objective] = sweep(objective, checkpoint, 40 if options.quick else None)
-    shared.keep(options.output_dir, [row for rows in found.values() for row in rows], plot(found) if options.output_dir else None)
+    shared.keep(options.output_dir, [row for rows in found.values() for row in rows], plot(found))
     print()
     for objective, rows in found.items():
         best = fastest(rows)

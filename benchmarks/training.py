@@ -3,13 +3,13 @@
     python benchmarks/training.py [--quick]
     python benchmarks/training.py --gpu       # the shape of Qwen3-0.6B in bfloat16 on CUDA, with the MFU
 
-The plain method is what a reader of the papers writes first: for each view one forward over [x_t | x_0] with every
+The plain method is what a reader of the papers would write first: for each view one forward pass over [x_t | x_0] with every
 block noised, logits [B, L, V] for the whole noised half, and cross-entropy over all of it. Ours shares the clean stream
-between the views, noises only blocks that can be scored, and runs the head at masked positions. Speeds are
-measured with both methods in turn in one process, memory in a process for each; supervised means masked, scored positions.
-Memory is the peak of resident (or CUDA) memory in a step, above what the weights and their gradients take. The MFU is what a
-method's own matrix products need (6 FLOPs a weight and position, attention for the pairs that see each other), per second,
-over the speed of a large bfloat16 matrix product measured in the same run.
+between the views, noises only blocks that can be scored, and runs the head only at masked positions. "Supervised" tokens are
+those that are masked and scored. Speeds are measured with both methods in turn in one process, memory in a separate process
+for each. Memory is the peak of resident (or CUDA) memory in a step, beyond the weights and their gradients. The MFU (model
+FLOPs utilisation) is what a method's own matrix products need (6 FLOPs per weight and position, and attention for the pairs
+that see each other), per second, divided by the speed of a large bfloat16 matrix product measured in the same run.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def main() -> None:
             print(f"{cell['rows']:<7}{cell['vocabulary']:>11,}{cell['length']:>8}{cell['precision']:>11}  {method:<7}{numbers['tokens_s']:>10,.0f}{numbers['supervised_s']:>14,.0f}{numbers['mib']:>10,.0f}{mfu:>7}", flush=True)  # fmt: skip  # noqa: E501
         ratio = found["ours"]["supervised_s"] / found["plain"]["supervised_s"], found["ours"]["mib"] / found["plain"]["mib"]
         ratios.setdefault((cell["rows"], cell["vocabulary"]), []).append(ratio)
-    shared.keep(options.output_dir, measured, plot(measured) if options.output_dir else None)
+    shared.keep(options.output_dir, measured, plot(measured))
     sft = {vocabulary: found for (rows, vocabulary), found in ratios.items() if rows == "sft"}
     result = {f"supervised_tokens_v{vocabulary}": min(speed for speed, _ in found) for vocabulary, found in sft.items()}
     result["activation_memory_v151936"] = max(memory for _, memory in sft[151936])

@@ -1,11 +1,11 @@
-"""How much the noise of training shakes the loss and its gradient, for each way of drawing diffusion times.
+"""How much the noise of training disturbs the loss and its gradient, for each way of drawing diffusion times.
 
     python benchmarks/variance.py [--quick] [--checkpoint DIR]
 
-Frozen weights: the preset `tiny`, pretrained with bd3lm (or a checkpoint of yours), read with blocks of 32 in rows of 512
-tokens of held-out text. Every method scores the same rows again and again, with fresh noise. Compared are the variances
-of the loss (nats per token) and of its gradient (summed over all weights, through a random sketch of 4,096 numbers), with
-95% bootstrap intervals; two views are held against two views. Below it stands how the cross-entropy falls with t.
+The weights are frozen: those of the preset `tiny`, pretrained with bd3lm (or a checkpoint of yours), with blocks of 32 in rows
+of 512 tokens of held-out text. Every method scores the same rows again and again, with fresh noise. The table compares the
+variances of the loss (nats per token) and of its gradient (summed over all weights, through a random sketch of 4,096 numbers),
+with 95% bootstrap intervals; methods with two views are compared with two plain views. Below it is the cross-entropy at each t.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def ratio(base_DX: torch.Tensor, other_DX: torch.Tensor, resamples: int = 1000) 
 
 
 def plot(means: list[torch.Tensor]) -> Any:
-    """How the cross-entropy falls with t."""
+    """The cross-entropy at each t."""
     figure, (axes,) = shared.figure(5, 3.2)
     axes.plot([(i + 0.5) / 10 for i in range(10)], means, marker="o", markersize=4)
     axes.set_xlabel("diffusion time t: the share of tokens that are masked")
@@ -124,8 +124,7 @@ def main() -> None:
     print("\nt           " + "".join(f"{i / 10:>4.1f}-{(i + 1) / 10:.1f}" for i in range(10)))
     means = [ce[(t >= i / 10) & (t < (i + 1) / 10)].mean() for i in range(10)]
     print("nats        " + "".join(f"{mean:>8.3f}" for mean in means))
-    if options.output_dir:
-        shared.keep(options.output_dir, [{"t": (i + 0.5) / 10, "nats": float(mean)} for i, mean in enumerate(means)], plot(means))
+    shared.keep(options.output_dir, [{"t": (i + 0.5) / 10, "nats": float(mean)} for i, mean in enumerate(means)], plot(means))
     default = found["stratified (default)"]
     print(
         json.dumps({"ratios": {"loss_variance_b32_l512": round(default[0][0], 2), "gradient_variance_b32_l512": round(default[1][0], 2)}})

@@ -2,8 +2,8 @@
 
     python benchmarks/write.py [NAME ...] [--quick]
 
-Without names all are run, which takes hours; leave the machine alone meanwhile. A part has the benchmark's own words, the machine,
-date and versions, its table and its plot. Parts of benchmarks that are not named stay as they are.
+Without names all are run, which takes hours; leave the machine alone meanwhile. Each part of the page has the benchmark's own
+description, the machine, date and versions, its table and its plot. Parts of benchmarks that are not named stay as they are.
 """
 
 from __future__ import annotations
@@ -39,19 +39,21 @@ AIMS = {
 }
 HEAD = """# Benchmarks
 
-Written by `make benchmark`. Every ratio compares what was measured in one run on one machine; a number of one part cannot be held
-against one of another. No GPU has measured anything yet: `benchmarks/training.py --gpu` has the mode for it.
+This page is written by `make benchmark`. Every ratio compares numbers that were measured in one run on one machine; do not compare
+numbers of different parts. Nothing has been measured on a GPU yet: `benchmarks/training.py --gpu` has the mode for it.
 """
 
 
 def machine() -> str:
     """The processor and its cores, the system, and the versions that matter."""
-    about = Path("/proc/cpuinfo").read_text()
-    model = next(line.partition(":")[2].strip() for line in about.splitlines() if line.startswith("model name"))
+    info = Path("/proc/cpuinfo")  # which macOS does not have
+    about = info.read_text() if info.exists() else ""
+    model = next((line.partition(":")[2].strip() for line in about.splitlines() if line.startswith("model name")), platform.processor())
     flags = ", AVX-512 BF16" if "avx512_bf16" in about else ""
-    versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", "transformers"))
+    libraries = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in ("torch", "transformers"))
+    versions = f"{platform.system()}, Python {platform.python_version()}, {libraries}"
     threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
-    return f"{os.cpu_count()} cores ({model}{flags}; threads: {threads}), Linux, Python {platform.python_version()}, {versions}"
+    return f"{os.cpu_count()} cores ({model}{flags}; threads: {threads}), {versions}"
 
 
 def part(name: str, output: str, minutes: float, has_plot: bool, options: list[str]) -> str:

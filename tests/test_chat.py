@@ -161,7 +161,7 @@ def test_settings_are_changed_told_and_refused(model: DiffusionModel) -> None:
     assert conversation.config == replace(CONFIG, threshold=0.5, stop=("a b",), temperature=1.0)
     assert "threshold          0.5" in obey(conversation, "settings", "", fixed)
     assert "batch_size" not in obey(conversation, "settings", "", fixed)
-    assert obey(conversation, "settings", "top_k", fixed).startswith("top_k=null: Draw among")
+    assert obey(conversation, "settings", "top_k", fixed).startswith("top_k=null: Draw only among")
     wrong = {
         "temperatur=1": "did you mean 'temperature'",
         "threshold=2": "must lie in",
@@ -238,7 +238,7 @@ def test_a_terminal_shows_masks_the_answer_and_its_cost(screen: io.StringIO, mon
     shown, answer = screen.getvalue(), talk.conversation.messages[-1]["content"]
     assert terminal.MASKED in shown
     assert answer[:40] in shown.split(terminal.MASKED)[-1], "the whole answer stands in the end"
-    assert "90 tokens · 90 evaluations · 1.0 tokens" in shown
+    assert "90 tokens · 90 evaluations · 1.0 toke…" in shown, "two columns are left for the terminal's own ^C"
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h"), "the cursor comes back"
 
 

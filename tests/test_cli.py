@@ -113,6 +113,20 @@ def test_a_mistake_in_the_recipe_is_refused(fails, checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_mistake_in_the_command_line_is_one_line_with_what_was_meant(fails, checkpoint, tmp_path):
+    assert "unknown option '--datset': did you mean '--dataset'?" in fails("sft", "--model", checkpoint, "--datset", "x")
+    assert "unknown option '--modle': did you mean '--model'?" in fails("sft", "--modle", checkpoint)
+    assert "invalid choice: 'bd3ml' (choose from 'mdlm', 'bd3lm')" in fails("convert", "--objective", "bd3ml", "--output-dir", "x")
+    assert "invalid choice: 'chatt'" in fails("chatt")
+    told = ["sample", "--model", "x", "--output-dir", "y", "--prompt", "--- a poem", "--over"]
+    assert cli.parser().parse_args(told).prompt == ["--- a poem"]
+
+
+def test_a_review_makes_no_database(fails, tmp_path):
+    assert "there is no MLflow database" in fails("registry", "review", "name", "--mlflow", f"sqlite:///{tmp_path}/none.db")
+    assert not list(tmp_path.iterdir())
+
+
 def test_rows_must_hold_whole_blocks_of_the_checkpoint(fails, checkpoint, tmp_path):
     sft = ("sft", "--model", checkpoint, "--output-dir", tmp_path / "out")
     assert "max_length=100 is not a multiple of convert.block_size=16: use 96" in fails(*sft, "--set", "max_length=100")
@@ -170,7 +184,7 @@ def test_what_cannot_be_sampled_is_refused(tmp_path, fails, checkpoint):
     assert "b.jsonl, line 1: it must be" in fails(*sample, *out, "--prompts", tmp_path / "b.jsonl")
     assert "there is no prompt file" in fails(*sample, *out, "--prompts", tmp_path / "c.jsonl")
     assert "give a file with the ending .jsonl" in fails(*sample, "--output", tmp_path / "a.txt")
-    assert "go on from it with --resume, replace it with --overwrite" in fails(*sample, "--output", tmp_path / "there.jsonl")
+    assert "continue it with --resume, replace it with --overwrite" in fails(*sample, "--output", tmp_path / "there.jsonl")
     assert "give a file .html in a folder that exists" in fails(*sample, *out, "--animate", tmp_path / "none" / "a.html")
     assert "replays answers, not infills" in fails(*sample, *out, "--infill", "--animate", tmp_path / "a.html")
     assert "there is no MLflow database" in fails("chat", "--model", "models:/name/1")
@@ -195,6 +209,31 @@ def test_full_memory_ends_with_one_message(run, checkpoint, tmp_path, monkeypatc
     code, _, err = run("convert", "--output-dir", tmp_path / "out")
     assert code == 1
     assert err.startswith("error: CUDA ran out of memory in convert")
+
+
+def test_ctrl_c_ends_with_a_word_instead_of_a_traceback(run, checkpoint, tmp_path, monkeypatch):
+    from a2d_core.stages import convert, sft
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "run", interrupted)
+    monkeypatch.setattr(sft, "run", interrupted)
+    assert run("convert", "--output-dir", tmp_path / "c") == (130, "", "\nstopped\n")
+    sft_command = ("sft", "--model", checkpoint, "--output-dir", tmp_path / "s")
+    assert run(*sft_command) == (130, "", "\nstopped: the same command with --resume continues\n")
+
+
+def test_a_missing_package_is_told_with_the_way_to_it(run, tmp_path, monkeypatch):
+    from a2d_core.stages import convert
+
+    def without_torch(*_, **__):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(convert, "run", without_torch)
+    code, _, err = run("convert", "--output-dir", tmp_path / "out")
+    assert code == 1
+    assert err.startswith("error: No module named 'torch': install requirements.txt, or activate its environment")
 
 
 # --- for real ----------------------------------------------------------------------------------------

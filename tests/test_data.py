@@ -117,6 +117,8 @@ def test_an_alpaca_input_stands_below_its_instruction(tmp_path):
 def test_mistakes_in_the_data_name_the_value_and_the_remedy(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"body": "x", "n": 1}] * 3)
     (tmp_path / "broken.jsonl").write_text('{"text": "x"}\n{"text"\n')
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "ü"}\n{"text": "b"}\n'.encode("latin-1"))
+    (tmp_path / "latin.txt").write_bytes("ü".encode("latin-1"))
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "notes.md").write_text("x")
     (tmp_path / "bare").mkdir()
@@ -136,6 +138,8 @@ def test_mistakes_in_the_data_name_the_value_and_the_remedy(tmp_path):
         (load, str(tmp_path / "notes.md"), {}, "known type: use one of .txt"),
         (load, str(tmp_path / "empty.jsonl"), {}, "empty"),
         (load, str(tmp_path / "broken.jsonl"), {}, "JSON parse error"),
+        (load, str(tmp_path / "latin.jsonl"), {}, "cannot load split 'train' .*UTF-?8"),
+        (load, str(tmp_path / "latin.txt"), {}, "cannot load split 'train' .*utf-8"),
         (load, str(tmp_path / "bare"), {}, "holds no data files"),
         (load, "embedded:news", {}, "embedded:corpus .*embedded:tasks"),
         (load, "nobody/no-such-data", {}, "'nobody/no-such-data'.*HF_TOKEN.*HF_HUB_OFFLINE=1"),

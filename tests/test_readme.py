@@ -23,8 +23,9 @@ HERE = [command for command in COMMANDS if command not in ELSEWHERE + MADE_HERE]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with the checkout's flows, a text and some conversations of one's own."""
+    """A working directory with the checkout's flows, and a model, a text and some conversations of one's own."""
     made = tmp_path_factory.mktemp("readme")
+    (made / "my-model").symlink_to(embedded.build_base("smoke"))
     (made / "flows").symlink_to(ROOT / "flows")
     (made / "text.txt").write_text("\n".join(embedded.corpus_split()[1])[:8000])
     (made / "chats.jsonl").write_text(
@@ -36,14 +37,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(command: str, folder: Path) -> str:
     binaries = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    typed = "Reverse: garden\n"  # what the chat reads
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, input=typed, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
 def small(command: str, folder: Path) -> str:
     """The command with little work in it."""
-    command = command.replace("--preset tiny", "--preset smoke").replace("--model embedded ", "--model embedded:smoke ")
+    command = command.replace("--preset tiny", "--preset smoke")
     command = command.replace("a2d_flow.py run", "a2d_flow.py --config-value preset smoke run")
     if "RUN_ID" in command:
         command = command.replace("RUN_ID", (folder / ".metaflow" / "A2DFlow" / "latest_run").read_text())

@@ -31,20 +31,21 @@ STAGES = {
 }
 INTRODUCTION = """# Reference
 
-Written by `python tools/reference.py` from `a2d_core/config.py`, `a2d_core/presets/` and the command line's parser; a test holds it up to
-date.
+This page is written by `python tools/reference.py` from `a2d_core/config.py`, `a2d_core/presets/` and the command line's parser. A test
+checks that it is up to date.
 
 ## How a field is set
 
 | where | form | example |
 |---|---|---|
-| a command | `--set FIELD=VALUE`, of the command's own stage; `--set STAGE.FIELD=VALUE` of another that it reads | `--set max_steps=100` |
+| a command | `--set FIELD=VALUE` for the command's own stage, `--set STAGE.FIELD=VALUE` for another that it reads | `--set max_steps=100` |
 | `plan` | `--set STAGE.FIELD=VALUE` | `--set sft.max_steps=100` |
 | the flow | `--overrides 'STAGE.FIELD=VALUE ...'` | `--overrides 'sft.max_steps=100 pretrain.enabled=false'` |
-| a recipe of your own | TOML: `[STAGE]`, or `[mdlm.STAGE]` for one objective, with `FIELD = VALUE` | `[sft]` `max_steps = 100` |
+| a recipe of your own | TOML: `FIELD = VALUE` under `[STAGE]`, or under `[mdlm.STAGE]` for one objective | `[sft]` `max_steps = 100` |
 
-Values are JSON (`3`, `1e-4`, `true`, `null`, `["a", "b"]`) or else plain text. Later ones win: the defaults, the preset's base, the preset,
-its table for the objective, overrides. `compute` is read before a run starts: the flow takes it from the recipe alone.
+Values are JSON (`3`, `1e-4`, `true`, `null`, `["a", "b"]`) or else plain text. From lowest to highest priority: the defaults, the preset's
+base, the preset, its table for the objective, overrides. `compute` cannot be overridden in the flow, which reads it from the recipe before
+a run starts.
 """
 
 
@@ -123,9 +124,11 @@ def commands(group: argparse.ArgumentParser, path: str) -> list[str]:
 def page() -> str:
     """The whole page."""
     shown = [line for name in presets.names() for line in preset(name)]
-    introduction = "What each changes of the defaults. `python -m a2d_core plan --preset NAME` prints the whole of it, and its cost."
+    introduction = (
+        "What each preset changes of the defaults. `python -m a2d_core plan --preset NAME` prints the whole recipe, and its cost."
+    )
     lines = [INTRODUCTION.rstrip(), *stages(), "", "## Presets", "", introduction, *shown]
-    lines += ["", "## Commands", "", "`python -m a2d_core COMMAND --help` says the same, with the fields that `--set` takes."]
+    lines += ["", "## Commands", "", "`python -m a2d_core COMMAND --help` says the same, and lists the fields that `--set` takes."]
     return "\n".join([*lines, *commands(parser(), "")]).replace("###  ", "### ") + "\n"
 
 

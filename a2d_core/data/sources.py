@@ -121,7 +121,10 @@ def load_split(ref: str, name: str | None, split: str, streaming: bool = False) 
         return splits[split].to_iterable_dataset() if streaming else splits[split]
     source = _source(ref, path)
     try:
-        return load_dataset(**source, name=name, split=split, streaming=streaming)
+        dataset = load_dataset(**source, name=name, split=split, streaming=streaming)
+        if path.exists() and not streaming:
+            dataset.data.validate(full=True)  # JSON is read without a look at its encoding
+        return dataset
     except (OSError, ValueError, DatasetsError) as error:
         remedy = "" if path.exists() else (
             ". Check the name; for a gated or private data set set HF_TOKEN to a token of an account that may read it; "

@@ -27,7 +27,7 @@ def read(path: Path, *, infill: bool = False) -> list[Row]:
     except UnicodeDecodeError as error:
         raise UserError(f"'{path}' is not text in UTF-8 ({error}): convert it") from None
     numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
-    require(bool(numbered), f"'{path}' holds no prompts: write one a line")
+    require(bool(numbered), f"'{path}' holds no prompts: write one per line")
     if path.suffix != ".jsonl":
         return [{"prompt": line} for _, line in numbered]
     return [_row(line, f"{path}, line {number}", infill) for number, line in numbered]
