@@ -167,7 +167,9 @@ def evaluate(args: argparse.Namespace) -> None:
         return
     require(bool(args.model), "evaluate needs --model DIR (or --repeat RUN_ID, for an evaluation that MLflow has)")
     _require_one_source_of_tasks(args)
-    tasks = args.tasks.split(",") if args.tasks else [] if args.perplexity and not args.suite else None
+    tasks = [task for task in args.tasks.split(",") if task] if args.tasks is not None else None
+    if tasks is None and args.perplexity and not args.suite:
+        tasks = []
     text = args.perplexity or args.dataset
     options = [
         _option("evaluate.tasks", tasks),

@@ -281,14 +281,15 @@ def _hours(recipe: Recipe, stages: dict[str, dict[str, Any]]) -> list[dict[str, 
 
 def _registration(recipe: Recipe, shape: Shape | None) -> dict[str, Any]:
     evaluate = recipe.evaluate
-    scored = [*evaluate.tasks, *([f"the NELBO of {evaluate.text_dataset}"] if evaluate.text_dataset else [])] if evaluate.enabled else []
+    tasks = [f"the suite {evaluate.suite}"] if evaluate.suite else [*evaluate.tasks]
+    text = [f"the NELBO of {evaluate.text_dataset}"] if evaluate.text_dataset else []
     sizes = {"auto": shape and shape.stored_bytes, "float32": 4}
     stored = sizes.get(recipe.convert.dtype, 2)
     return {
         "name": register.model_name(recipe),
         "alias": "candidate",
         "review": "pending",
-        "gate": scored,
+        "gate": tasks + text if evaluate.enabled else [],
         "weights_gib": shape and stored and shape.parameters * stored / GIB,
     }
 

@@ -139,7 +139,7 @@ def test_mistakes_in_the_data_name_the_value_and_the_remedy(tmp_path):
         (load, str(tmp_path / "empty.jsonl"), {}, "empty"),
         (load, str(tmp_path / "broken.jsonl"), {}, "JSON parse error"),
         (load, str(tmp_path / "latin.jsonl"), {}, "cannot load split 'train' .*UTF-?8"),
-        (load, str(tmp_path / "latin.txt"), {}, "cannot load split 'train' .*utf-8"),
+        (load, str(tmp_path / "latin.txt"), {}, "cannot load split 'train' .*: convert the file to UTF-8"),
         (load, str(tmp_path / "bare"), {}, "holds no data files"),
         (load, "embedded:news", {}, "embedded:corpus .*embedded:tasks"),
         (load, "nobody/no-such-data", {}, "'nobody/no-such-data'.*HF_TOKEN.*HF_HUB_OFFLINE=1"),

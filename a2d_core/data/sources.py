@@ -126,11 +126,15 @@ def load_split(ref: str, name: str | None, split: str, streaming: bool = False) 
             dataset.data.validate(full=True)  # JSON is read without a look at its encoding
         return dataset
     except (OSError, ValueError, DatasetsError) as error:
-        remedy = "" if path.exists() else (
-            ". Check the name; for a gated or private data set set HF_TOKEN to a token of an account that may read it; "
-            "without a network set HF_HUB_OFFLINE=1 and give a local file or directory"
-        )  # fmt: skip
-        raise UserError(f"cannot load split '{split}' of data set '{ref}': {error.__cause__ or error}{remedy}") from error
+        cause = error.__cause__ or error
+        if path.exists():
+            remedy = ": convert the file to UTF-8" if isinstance(cause, UnicodeError) else ""
+        else:
+            remedy = (
+                ". Check the name; for a gated or private data set set HF_TOKEN to a token of an account that may read it; "
+                "without a network set HF_HUB_OFFLINE=1 and give a local file or directory"
+            )
+        raise UserError(f"cannot load split '{split}' of data set '{ref}': {cause}{remedy}") from error
 
 
 def _is_saved(path: Path) -> bool:
