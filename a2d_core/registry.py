@@ -247,8 +247,8 @@ def _model(name: str) -> Any:
     client = mlflow.MlflowClient()
     found = "'" not in name and client.search_registered_models(f"name = '{name}'")
     if not found:
-        names = ", ".join(model.name for model in client.search_registered_models(max_results=20)) or "none"
-        raise UserError(f"there is no registered model '{name}' at {mlflow.get_tracking_uri()}: there is {names}")
+        names = ", ".join(model.name for model in client.search_registered_models(max_results=20)) or "no model yet"
+        raise UserError(f"there is no registered model '{name}' at {mlflow.get_tracking_uri()}, which has {names}")
     return found[0]
 
 

@@ -4,10 +4,11 @@
 
 The plain method is what published samplers do: for each block the whole prefix is run again, for each step its cache is copied,
 tokens are drawn with float64 Gumbel noise over the whole vocabulary, and positions are picked row by row. Beside it
-stand ours, ours with a confidence threshold of 0.9 (random weights are never that sure: one token per evaluation is then its worst
+are ours, ours with a confidence threshold of 0.9 (random weights are never that sure: one token per evaluation is the worst
 case), and Hugging Face `generate` of the autoregressive model of the same size. Each number is measured in a process of its
-own, one after the other; memory is the peak of resident memory above what was resident before the run. What a
-threshold saves is counted on the trained `tiny` model, which is trained first unless `--model` names it.
+own, one after the other, and where a ratio is taken three times, in turn; memory is the peak of resident memory above what was
+resident before the run. What a threshold saves is counted on the trained `tiny` model, which is trained first unless `--model`
+names it.
 """
 
 from __future__ import annotations
@@ -234,7 +235,7 @@ def main() -> None:
         tiny = count_evaluations(trained, 40 if options.quick else 200)
     for name, numbers in tiny.items():
         print(f"tiny model, {name:<14}{numbers['nfe']:>6.2f} evaluations per answer, {numbers['exact']:.3f} exact")
-    shared.keep(options.output_dir, rows, plot(rows) if options.output_dir else None)
+    shared.keep(options.output_dir, rows, plot(rows))
     result = {
         "b8_p512_s32": ratio(32, 0.0),
         "b8_p512_s128": ratio(128, 0.0),
