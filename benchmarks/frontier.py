@@ -5,11 +5,13 @@
 Every sampler answers the held-out word tasks. Measured are the exact match on answers of six letters or more, and the tokens per
 evaluation of the network for the same answers, where tokens count through the first end of sequence and the fill after it does
 not. The reference is one token at a time. The ratio is that of the fastest sampler whose exact match is at most 0.01 lower. The
-preset `tiny` is trained first, for each objective (minutes), unless `--model` names a checkpoint.
+preset `tiny` is trained first, for each objective (minutes), unless `--model` names a checkpoint. For mdlm the last rows show what
+the approximate caches cost.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import tempfile
@@ -31,6 +33,8 @@ SWEEPS = [
     "steps_per_block=1,2,3,4,6,8",
     "entropy_budget=0.03,0.1,0.3,0.6,1.0,2.0",
 ]
+CACHES = {f"block_size=4, {cache}": {"block_size": 4, "cache": cache} for cache in ("exact", "prefix", "dual")}
+"""mdlm alone: what its approximate caches cost, at one token per evaluation in blocks of four."""
 
 
 def measure(name: str, results: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +56,8 @@ def sweep(objective: str, checkpoint: Path, limit: int | None) -> list[dict[str,
     config = EvaluateConfig(limit=limit, text_dataset=None)
     loaded, rows = tasks.load(config), []
     print(f"\n{objective:<22}{'exact match':>18}{'evaluations':>13}{'tokens per evaluation':>23}")
-    for name, sampler in {REFERENCE: base, **evaluate.samplers(SWEEPS, base)}.items():
+    cached = {name: dataclasses.replace(base, **fields) for name, fields in CACHES.items() if objective == "mdlm"}
+    for name, sampler in {REFERENCE: base, **evaluate.samplers(SWEEPS, base), **cached}.items():
         row = measure(name, evaluate.score_tasks(config, sampler, model, loaded, seed=0))
         rows.append({"objective": objective, **row})
         score = report.estimate(row["value"], row["stderr"])
@@ -69,7 +74,8 @@ def fastest(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def plot(found: dict[str, list[dict[str, Any]]]) -> Any:
     """A panel for each objective, a line for each field that is tried, and the reference as a star."""
     figure, axes = shared.figure(5.5 * len(found), 4, len(found))
-    for panel, (objective, (reference, *rows)) in zip(axes, found.items(), strict=True):
+    for panel, (objective, (reference, *tried)) in zip(axes, found.items(), strict=True):
+        rows = [row for row in tried if row["sampler"] not in CACHES]
         panel.axhline(reference["value"] - MOST_LOST, color="grey", linewidth=0.7, linestyle=":")
         panel.plot(reference["tokens_per_evaluation"], reference["value"], "*", markersize=12, label=REFERENCE)
         for field in dict.fromkeys(row["sampler"].partition("=")[0] for row in rows):
