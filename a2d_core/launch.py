@@ -36,7 +36,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from a2d_core import strategies
 from a2d_core.config import StoppedError, UserError, require
@@ -296,6 +296,15 @@ def die_with(parent: int, end: Callable[[], None]) -> None:
     threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
 
 
+def _leave(code: int, nodes: Nodes) -> NoReturn:
+    """End this process with that code; among several nodes at once: a thread that is inside a store's call aborts a normal exit."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if nodes.count > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
 def terminate() -> None:
     """End this process by SIGTERM, which its children hear of."""
     os.kill(os.getpid(), signal.SIGTERM)
@@ -326,11 +335,11 @@ def _agent(folder: Path, parent: int) -> None:
         for failure in _ends_without_message(folder, error.failures):
             failure.write(folder, failure.rank)
             pulse.tell(failure)
-        sys.exit(1)
+        _leave(1, nodes)
     except SignalException as error:
         if os.getppid() != parent:  # nobody is left to do it
             shutil.rmtree(folder, ignore_errors=True)
-        sys.exit(128 + error.sigval)
+        _leave(128 + error.sigval, nodes)
     except (UserError, DistError) as error:
         if nodes.count == 1 and isinstance(error, DistError):
             raise
@@ -339,7 +348,8 @@ def _agent(folder: Path, parent: int) -> None:
             f"0 to {nodes.count - 1} with the same --nodes and --main-address, a free port of node 0 that the others reach"
         )
         _Failure(0, "UserError", str(error) if isinstance(error, UserError) else what).write(folder, 0)
-        sys.exit(1)
+        _leave(1, nodes)
+    _leave(0, nodes)
 
 
 def _ends_without_message(folder: Path, ends: dict[int, Any]) -> list[_Failure]:
@@ -446,6 +456,7 @@ def _worker(folder: Path, parent: int) -> None:
         _call(folder, call)
     except Exception as error:
         fail(error)
+    _leave(0, nodes)
 
 
 def _fail(folder: Path, rank: int, failure: _Failure) -> None:

@@ -141,7 +141,7 @@ def test_an_unknown_generation_argument_is_refused_by_name(model):
     ("arguments", "message"),
     [
         ({"temperature": "warm"}, "generation_kwargs.temperature='warm' must be of type float"),
-        ({"temperature": -1.0}, "temperature must be 0 or more"),
+        ({"temperature": -1.0}, "temperature must be at least 0"),
         ({"top_p": 0}, r"top_p must lie in \(0, 1\]"),
         ({"max_gen_toks": 2.5}, "max_new_tokens=2.5 must be of type int"),
         ({"until": 5}, "until=5 must be a text, or a list of texts"),
