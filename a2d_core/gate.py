@@ -70,6 +70,7 @@ class Comparison:
         if self.gain is None:
             return "other questions"
         gain, margin = self.gain.value, MARGIN * (self.gain.stderr or 0.0)
+        margin *= 1 + 1e-9  # of one question in any number gain and error are the same, but for rounding: that is no more than the error
         gain = gain if self.candidate.higher_is_better else -gain
         return "better" if gain > margin else "worse" if -gain > margin else "same"
 

@@ -42,6 +42,13 @@ def test_one_of_two_equally_good_models_falls_one_time_in_six_and_a_model_never_
     assert 0.12 < fallen / 600 < 0.2
 
 
+@pytest.mark.parametrize("lost", [1, 2])
+def test_one_question_lost_in_any_number_is_no_more_than_the_error_and_two_are(lost):
+    for count in range(3, 300):
+        champion, candidate = [1.0] * count, [1.0] * (count - lost) + [0.0] * lost
+        assert gate.judge(evaluation(candidate), evaluation(champion)).word == ("passed" if lost == 1 else "failed"), count
+
+
 def test_only_the_questions_that_both_answered_count():
     champion = {str(i): float(i < 10 or i % 2) for i in range(100)}
     candidate = {str(i): float(i < 8) for i in range(10)}  # a limit: 0.8 of what the champion answered without an error
