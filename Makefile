@@ -1,12 +1,12 @@
 # The two commands: `make demo` runs the whole pipeline on the embedded default, `make test` the whole suite.
-# While you work: `make check`, lint, types and quick tests in a minute and a half.
+# While you work: `make check`, lint, types and quick tests in about a minute.
 
 PYTHON ?= python3
 BIN    := .venv/bin
 PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 # The tests of `make check`: quick ones, of the numeric core and of what users type.
 QUICK  := bad_input checks config data follow infill layers likelihood loss models noise objectives plan preflight presets \
-          published recipes sampling scoring strategies vocabularies
+          published sampling scoring strategies vocabularies
 
 .PHONY: venv demo test test-all check benchmark clean
 
