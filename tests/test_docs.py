@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -179,12 +180,22 @@ def test_a_message_of_the_troubleshooting_page_is_in_the_code(message: str) -> N
 # --- what is generated, and what is linked --------------------------------------------------------
 
 
-def test_the_reference_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "tools" / "reference.py")
+def tool(name: str) -> ModuleType:
+    """A module of tools/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    reference = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(reference)
-    assert (ROOT / "docs" / "REFERENCE.md").read_text(encoding="utf-8") == reference.page(), "run python tools/reference.py"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_pictures_of_who_sees_whom_have_a_name_for_each_row_and_column() -> None:
+    for mask, rows, columns in tool("pictures").views().values():
+        assert mask.shape == (len(rows), len(columns))
+
+
+def test_the_reference_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "REFERENCE.md").read_text(encoding="utf-8") == tool("reference").page(), "run python tools/reference.py"
 
 
 def anchors(page: Path) -> set[str]:

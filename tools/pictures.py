@@ -65,7 +65,7 @@ def views() -> dict[str, tuple[Tensor, list[str], list[str]]]:
         "autoregressive": (may_attend(one, one)[0], names, names),
         "MDLM": (may_attend(whole, whole)[0], names, names),
         "BD3LM, training\nc clean, n noised": (may_attend(slots, slots)[0], both, both),
-        "BD3LM, sampling\nlast block, others cached": (may_attend(blocks[-BLOCK:], blocks)[0], names[-BLOCK:], names),
+        "BD3LM, sampling\nlast block, others cached": (may_attend(blocks[:, -BLOCK:], blocks)[0], names[-BLOCK:], names),
     }
 
 
