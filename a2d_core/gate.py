@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 BAR = 2.0
@@ -37,6 +38,11 @@ class Score:
         return gain > BAR * (self.stderr or 0.0)
 
 
+def stderr_of_mean(values: Sequence[float]) -> float | None:
+    """The standard error of the mean; None for fewer than two values, or where one is not finite."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 and all(map(math.isfinite, values)) else None
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A metric of the candidate beside that of the champion; None where it was not measured."""
@@ -45,7 +51,7 @@ class Comparison:
     candidate: Score | None
     champion: Score | None
 
-    @property
+    @cached_property
     def gain(self) -> Score | None:
         """By how much the candidate's is above the champion's, with the standard error of the difference; None without both.
 
@@ -57,8 +63,7 @@ class Comparison:
         ours, theirs = self.candidate.questions, self.champion.questions
         if ours and theirs:
             gains = [value - theirs[question] for question, value in ours.items() if question in theirs]
-            stderr = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 and all(map(math.isfinite, gains)) else None
-            return Score(statistics.fmean(gains), stderr) if gains else None
+            return Score(statistics.fmean(gains), stderr_of_mean(gains)) if gains else None
         stderr = math.hypot(self.candidate.stderr or 0.0, self.champion.stderr or 0.0)
         return Score(self.candidate.value - self.champion.value, stderr)
 

@@ -298,11 +298,15 @@ def die_with(parent: int, end: Callable[[], None]) -> None:
 
 def _leave(code: int, nodes: Nodes) -> NoReturn:
     """End this process with that code; among several nodes at once: a thread that is inside a store's call aborts a normal exit."""
+    if nodes.count > 1:
+        _leave_at_once(code)
+    sys.exit(code)
+
+
+def _leave_at_once(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    if nodes.count > 1:
-        os._exit(code)
-    sys.exit(code)
+    os._exit(code)
 
 
 def terminate() -> None:
@@ -461,9 +465,7 @@ def _worker(folder: Path, parent: int) -> None:
 
 def _fail(folder: Path, rank: int, failure: _Failure) -> None:
     failure.write(folder, rank)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)  # at once: a normal exit would wait for peers that wait for this one
+    _leave_at_once(1)  # a normal exit would wait for peers that wait for this one
 
 
 def _share_failures(folder: Path, rank: int, nodes: Nodes) -> Callable[[Exception], None]:

@@ -97,8 +97,11 @@ def restore(name: str, output_dir: Path, nodes: int = 1, **metadata: Any) -> Pat
         require(not found, f"{'; '.join(damaged)}. There is no whole one to go on from: start a new run, or bring the files back")
         return None
     better = [one for one in found[found.index(newest) :] if _step(one) < _step(newest) and _score(one) < _score(newest)]
-    any(_arrives(one, output_dir, damaged) for one in sorted(better, key=_score))  # of equals the newest, which comes first
-    print(*(f"passed over: {what}" for what in damaged), sep="\n", end="\n" * bool(damaged))
+    for one in sorted(better, key=_score):  # of equals the newest, which comes first
+        if _arrives(one, output_dir, damaged):
+            break
+    for what in damaged:
+        print(f"passed over: {what}")
     return _place(newest, output_dir)
 
 

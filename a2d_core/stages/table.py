@@ -9,12 +9,11 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from a2d_core import embedded, suites
+from a2d_core import embedded, gate, suites
 from a2d_core.suites import Part
 
 Row = dict[str, Any]
@@ -56,7 +55,7 @@ def rows_of(results: Row, baseline: Row | None) -> list[Row]:
             questions = _questions(results, name, metric, variant)
             is_words = set(leaves) <= set(embedded.TASKS)
             given = [row[metric] for leaf in leaves for row in results["samples"][leaf] if row["filter"] == variant and metric in row]
-            stderr = _stderr(list(questions.values())) if is_words else numbers.get(f"{metric}_stderr,{variant}")
+            stderr = gate.stderr_of_mean(list(questions.values())) if is_words else numbers.get(f"{metric}_stderr,{variant}")
             rows.append(
                 {
                     "task": name,
@@ -126,11 +125,6 @@ def by_question(rows: list[Row], rows_BL: Tensor | None, nats_B: Tensor | None) 
 
 def _known_by(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-
-
-def _stderr(parts: Sequence[float]) -> float | None:
-    """Standard error of the mean."""
-    return statistics.stdev(parts) / len(parts) ** 0.5 if len(parts) > 1 else None
 
 
 def failed(results: Row, name: str) -> int:
